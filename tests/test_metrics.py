@@ -1,0 +1,140 @@
+"Meters: scores by hand and by scikit-learn, merging in any order, and what bad input says."
+import math, pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from sklearn.metrics import confusion_matrix, jaccard_score, r2_score as sklearn_r2
+
+from raptor.core import RaptorError
+from raptor.heads import PROBE_TASKS, probe_task
+from raptor.metrics import DepthMeter, IoUMeter, R2Meter, TopOneMeter, depth_rmse, mean_iou, merge_meters, r2_score, top1
+
+quick = settings(max_examples=30, deadline=None)
+seeds = st.integers(0, 2**20)
+
+def random(*shape, seed=0, **kw): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **kw)
+
+@quick
+@given(seeds, st.integers(2, 6))
+def test_iou_equals_sklearn_and_is_blind_to_ignored_pixels(seed, classes):
+    g = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, classes, (3, 4, 5), generator=g); pred = torch.randint(0, classes, (3, 4, 5), generator=g)
+    present = sorted(set(target.flatten().tolist()) | set(pred.flatten().tolist()))
+    expected = jaccard_score(target.flatten(), pred.flatten(), labels=present, average="macro", zero_division=0)
+    assert mean_iou(pred, target, classes) == pytest.approx(expected)
+    hole = torch.full((1, 4, 5), 255)
+    assert mean_iou(torch.cat([pred, pred[:1]]), torch.cat([target, hole]), classes) == pytest.approx(expected)
+    meter = IoUMeter(classes).update(pred, target)
+    assert (meter.confusion.numpy() == confusion_matrix(target.flatten(), pred.flatten(), labels=range(classes))).all()
+
+def test_iou_of_logits_and_of_classes_agree():
+    logits, target = random(2, 4, 3, 3), torch.randint(0, 4, (2, 3, 3))
+    assert mean_iou(logits, target, 4) == mean_iou(logits.argmax(1), target, 4)
+
+def test_iou_absent_classes_are_nan_per_class_and_out_of_the_mean():
+    meter = IoUMeter(150).update(torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).long())
+    assert meter.compute() == 1 and np.isnan(meter.per_class()[1:]).all()
+
+def test_depth_rmse_is_a_mean_over_images_of_roots():
+    pred, target = torch.zeros(2, 1, 4), torch.tensor([[[1., 1, 1, 1]], [[3., 0, 0, 11]]])
+    assert depth_rmse(pred, target) == pytest.approx((1 + 3)/2)
+    assert DepthMeter().update(pred, target).pooled() == pytest.approx(math.sqrt(13/5))
+    assert depth_rmse(pred[1], target[1]) == 3
+    assert depth_rmse(pred, target, max_depth=12.) == pytest.approx((1 + math.sqrt((9 + 121)/2))/2)
+
+def test_depth_rmse_looks_only_inside_the_crop():
+    pred, target = torch.full((1, 480, 640), 2.), torch.full((1, 480, 640), 5.)
+    target[:, 45:471, 41:601] = 4.
+    assert depth_rmse(pred, target, crop=(45, 471, 41, 601)) == 2
+    assert depth_rmse(pred, target) > 2
+
+@quick
+@given(seeds, st.integers(2, 40), st.integers(1, 6))
+def test_r2_equals_sklearn(seed, n, d):
+    a, b = random(2, n, d, seed=seed, dtype=torch.float64)
+    assert r2_score(a, b) == pytest.approx(sklearn_r2(b, a, multioutput="variance_weighted"), abs=1e-9)
+
+def test_r2_is_per_layer_about_the_mean_over_images_and_tokens():
+    x, y = random(4, 3, 5, 2, seed=3), random(4, 3, 5, 2, seed=4)
+    meter = R2Meter().update(x, y)
+    expected = [sklearn_r2(y[:, l].reshape(-1, 2), x[:, l].reshape(-1, 2), multioutput="variance_weighted") for l in range(3)]
+    assert meter.per_layer() == pytest.approx(expected) and meter.compute() == pytest.approx(np.mean(expected))
+
+def test_r2_of_uneven_batches_is_that_of_the_whole_and_not_their_mean():
+    x, y = random(9, 2, 3, 4, seed=5), random(9, 2, 3, 4, seed=6) + torch.arange(9.).view(9, 1, 1, 1)
+    parts = [R2Meter().update(a, b) for a, b in zip(x.split([1, 6, 2]), y.split([1, 6, 2]))]
+    mean_of_batches = np.mean([p.compute() for p in parts])
+    whole = R2Meter().update(x, y).compute()
+    assert merge_meters(parts).compute() == pytest.approx(whole, rel=1e-9) and abs(whole - mean_of_batches) > .1
+
+def test_r2_survives_means_far_above_the_spread():
+    y = random(6, 1, 50, 3, seed=7, dtype=torch.float64)
+    noise = .5*random(6, 1, 50, 3, seed=8, dtype=torch.float64)
+    meter = R2Meter()
+    for a, b in zip((y + noise + 1e8).split(1), (y + 1e8).split(1)): meter.update(a, b)
+    assert meter.compute() == pytest.approx(1 - (noise.square().sum()/(y - y.mean((0, 2))).square().sum()).item(), rel=1e-6)
+
+def test_r2_constant_dimension_counts_its_error():
+    y = torch.tensor([[1., 5.], [3., 5.]]); x = torch.tensor([[1., 6.], [3., 5.]])
+    assert r2_score(x, y) == pytest.approx(1 - 1/2)
+
+def test_r2_divides_by_the_target_variance():
+    y = random(50, 2, seed=9, dtype=torch.float64)
+    assert r2_score(0*y, y - y.mean(0)) == pytest.approx(0, abs=1e-12)
+    assert r2_score(3*y, y) < 0
+
+def batches(task, g):
+    "Random (prediction, target) of a task."
+    target = dict(classification=lambda: torch.randint(0, 4, (3,), generator=g), segmentation=lambda: torch.randint(0, 4, (3, 4, 6), generator=g),
+                  depth=lambda: 9*torch.rand(3, 4, 6, generator=g) + .5)[task]()
+    prediction = torch.rand(3, 4, 6, generator=g) if task == "depth" else torch.randn(3, 4, *target.shape[1:], generator=g)
+    return prediction, target
+
+@quick
+@given(seeds, st.sampled_from(sorted(PROBE_TASKS)), st.integers(0, 3))
+def test_merging_equals_one_meter_in_any_order_also_through_pickle(seed, task, cut):
+    g = torch.Generator().manual_seed(seed)
+    pairs = [batches(task, g) for _ in range(3)]
+    def new(some):
+        meter = probe_task(task).meter(4)
+        for pair in some: meter.update(*pair)
+        return meter
+    a, b = new(pairs[:cut]), new(pairs[cut:])
+    one = new(pairs).compute()
+    assert merge_meters(pickle.loads(pickle.dumps([b, a]))).compute() == pytest.approx(one, rel=1e-12)
+
+def test_merging_an_empty_r2_meter_changes_nothing():
+    full = R2Meter().update(random(2, 3, 4, 5), random(2, 3, 4, 5, seed=1))
+    assert (R2Meter().merge(full).per_layer() == full.per_layer()).all()
+    assert (pickle.loads(pickle.dumps(full)).merge(R2Meter()).per_layer() == full.per_layer()).all()
+
+@pytest.mark.parametrize("meter", [TopOneMeter(), IoUMeter(3), DepthMeter(), R2Meter()])
+def test_a_meter_that_saw_nothing_has_no_score(meter):
+    with pytest.raises(RaptorError, match="has seen no"): meter.compute()
+
+def test_meters_that_saw_only_invalid_targets_have_no_score():
+    with pytest.raises(RaptorError, match="no labelled pixel"): mean_iou(torch.zeros(1, 2, 2).long(), torch.full((1, 2, 2), 255), 3)
+    with pytest.raises(RaptorError, match="no valid depth"): depth_rmse(torch.ones(1, 2, 2), torch.zeros(1, 2, 2))
+
+@pytest.mark.parametrize("score", [lambda n: top1(n.new_full((1, 3), n), torch.tensor([0])),
+                                   lambda n: mean_iou(n.expand(1, 3, 2, 2), torch.zeros(1, 2, 2).long(), 3),
+                                   lambda n: depth_rmse(n.expand(1, 2, 2), torch.ones(1, 2, 2)),
+                                   lambda n: r2_score(n.expand(3, 2), random(3, 2))])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_diverged_predictions_are_an_error_and_not_a_score(score, value):
+    with pytest.raises(RaptorError, match="diverged"): score(torch.tensor(value))
+
+def test_meters_refuse_what_does_not_fit():
+    with pytest.raises(RaptorError, match="top-1 wants"): top1(torch.zeros(2, 3), torch.zeros(3).long())
+    with pytest.raises(RaptorError, match="label 9"): top1(torch.zeros(1, 3), torch.tensor([9]))
+    with pytest.raises(RaptorError, match="one shape"): mean_iou(torch.zeros(1, 2, 2).long(), torch.zeros(1, 4, 4).long(), 3)
+    with pytest.raises(RaptorError, match="one of the 300 classes"): IoUMeter(300)
+    with pytest.raises(RaptorError, match="one shape"): depth_rmse(torch.zeros(1, 2, 2), torch.zeros(1, 4, 4))
+    with pytest.raises(RaptorError, match="trajectories"): R2Meter().update(torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(RaptorError, match="samples before D"): r2_score(torch.zeros(3), torch.zeros(3))
+    with pytest.raises(RaptorError, match="cannot merge"): DepthMeter().merge(DepthMeter(max_depth=80.))
+    with pytest.raises(RaptorError, match="cannot merge"): TopOneMeter().merge(IoUMeter(3))
+    with pytest.raises(RaptorError, match="cannot merge"):
+        R2Meter().update(random(2, 3, 4, 5), random(2, 3, 4, 5, seed=1)).update(random(2, 2, 4, 5), random(2, 2, 4, 5, seed=1))
