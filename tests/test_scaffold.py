@@ -1,0 +1,352 @@
+"The house itself: packaging, notebooks in step with the package, pages that lead somewhere, a README that is true."
+import ast, base64, configparser, json, os, re, shutil, stat, subprocess, sys, zipfile
+from pathlib import Path
+
+import nbformat, pytest, yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT/"nbs"
+SETTINGS = configparser.ConfigParser()
+SETTINGS.read(ROOT/"settings.ini")
+SETTINGS = SETTINGS["DEFAULT"]
+
+NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
+PAPER = [p for p in NOTEBOOKS if p.parent == NBS/"paper"]
+MODULES = [p for p in NOTEBOOKS if p.parent == NBS and re.match(r"\d\d[a-z]?_", p.name)]
+PAPER_ITEMS = {"train_teacher", "cache_activations", "find_phases", "train_block", "train_raptor", "train_probe",
+    "tab_probes", "tab_segmentations", "fig_similarity", "fig_accuracy_r2", "summary"}
+
+
+def name_of(path): return str(path.relative_to(NBS).with_suffix(""))
+def module_of(path): return path.stem.partition("_")[2]
+def number_of(path): return path.stem.partition("_")[0]
+def read(path): return nbformat.read(path, as_version=4)
+def code(path): return [c for c in read(path).cells if c.cell_type == "code"]
+def pyproject():
+    try: import tomllib
+    except ModuleNotFoundError: import tomli as tomllib # Python 3.10; pytest brings it
+    return tomllib.loads((ROOT/"pyproject.toml").read_text())
+
+def call(*command, cwd=ROOT, path=None, python_path=ROOT):
+    "Run a command with this interpreter's scripts first on PATH; its output on success, a failed test otherwise."
+    env = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", PYTHONPATH=str(python_path))
+    env["PATH"] = os.pathsep.join([*([str(path)] if path else []), str(Path(sys.executable).parent), env["PATH"]])
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
+    assert not done.returncode, f"{command[0]} failed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+@pytest.fixture
+def tree(tmp_path):
+    "A copy of the working tree as a clean repository. Quarto is absent from it: a stand-in does nothing."
+    call(ROOT/".ci"/"copy_tree", tmp_path/"tree")
+    (tmp_path/"bin").mkdir()
+    (tmp_path/"bin"/"quarto").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path/"bin"/"quarto").chmod(0o755)
+    return tmp_path/"tree"
+
+
+# ---- notebooks are the source
+
+def test_exporting_and_cleaning_change_nothing(tree):
+    assert "in step" in call(tree/".ci"/"in_step", cwd=tree, python_path=tree)
+
+def test_a_hand_edited_module_is_noticed(tree):
+    with open(tree/"raptor"/"core.py", "a") as f: f.write("# edited by hand\n")
+    call("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qam", "edit", cwd=tree)
+    with pytest.raises(AssertionError, match="out of step"): call(tree/".ci"/"in_step", cwd=tree, python_path=tree)
+
+def test_exporting_leaves_pyproject_alone(tree):
+    with open(tree/"pyproject.toml", "a") as f: f.write("# a line of our own\n")
+    call("nbdev_export", cwd=tree, python_path=tree)
+    assert (tree/"pyproject.toml").read_text().endswith("# a line of our own\n")
+
+def test_cleaning_keeps_the_parameters_tag(tree):
+    cell = nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["parameters"], "scrolled": True}, execution_count=7)
+    path = tree/"nbs"/"paper"/"some_item.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Item"), cell]), path)
+    call("nbdev_clean", cwd=tree, python_path=tree)
+    cleaned = read(path).cells[1]
+    assert (cleaned.metadata, cleaned.execution_count) == ({"tags": ["parameters"]}, None)
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_module_notebook_names_its_module(path):
+    sources = [c.source for c in code(path)]
+    exported = re.findall(r"^#\|\s*default_exp (\w+)", "\n".join(sources), re.MULTILINE)
+    assert exported == [module_of(path)] and (ROOT/"raptor"/f"{exported[0]}.py").exists()
+    assert sources[-1].startswith("#| hide") and "nbdev_export()" in sources[-1]
+
+def test_every_module_has_its_notebook():
+    assert {module_of(p) for p in MODULES} == {p.stem for p in (ROOT/"raptor").glob("[!_]*.py")}
+
+def test_imports_run_only_downward():
+    number = {module_of(p): number_of(p) for p in MODULES}
+    for module in number:
+        used = re.findall(r"^\s*from \.(\w+) import", (ROOT/"raptor"/f"{module}.py").read_text(), re.MULTILINE)
+        upward = [u for u in used if number[u] > number[module]]
+        assert not upward, f"{module} imports {upward}, which stand below it in the order of the notebooks"
+
+
+# ---- what is stored in a notebook
+
+MACHINE_PATH = re.compile(r"(?<![\w.~>-])(?:/(?:root|home|work|tmp|Users|private|mnt)/[\w.-]+|[A-Z]:\\Users)")
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_notebook_is_a_page(path):
+    nb = read(path)
+    nbformat.validate(nb)
+    assert len({c.id for c in nb.cells}) == len(nb.cells)
+    first = nb.cells[0]
+    assert first.cell_type == "markdown" and re.match(r"# \S.*\n+> \S", first.source), "a page starts with `# title` and `> one line`"
+    assert set(nb.metadata) <= {"kernelspec"}
+    assert all(c.execution_count is None for c in nb.cells if c.cell_type == "code")
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_stored_outputs_are_clean(path):
+    for cell in code(path):
+        for o in cell.outputs:
+            assert o.output_type != "error", f"a stored error: {o.get('ename')}"
+            assert o.get("name") != "stderr", f"stored stderr: {o.get('text', '')[:200]}"
+            data = o.get("data", {})
+            assert not any("widget" in kind for kind in data), "a stored progress bar"
+            for picture in (data[k] for k in data if k in ("image/png", "image/jpeg")):
+                assert len(base64.b64decode(picture)) <= 30*1024, f"a picture of {len(base64.b64decode(picture))//1024} KB after: {cell.source[-80:]}"
+            text = "\n".join([o.get("text", ""), *(v for k, v in data.items() if isinstance(v, str) and not k.startswith("image/"))])
+            assert not MACHINE_PATH.search(text), f"a machine's path: {MACHINE_PATH.search(text).group()}"
+            assert "\r" not in text and "Warning:" not in text
+        assert not MACHINE_PATH.search(cell.source), f"a machine's path in: {cell.source[:200]}"
+
+@pytest.mark.parametrize("path, bad", [("see /root/x", True), ("/home/me/data", True), ("https://a.b/home/x", False), ("~/raptor-runs", False),
+    ("/dev/null", False), (r"C:\Users\me", True), ("<folder>/tmp/x", False)])
+def test_machine_paths_are_told_from_others(path, bad): assert bool(MACHINE_PATH.search(path)) == bad
+
+
+# ---- the paper's notebooks
+
+def test_the_papers_items_are_there():
+    missing = PAPER_ITEMS - {p.stem for p in PAPER} if PAPER else set()
+    assert not missing, f"not written: {sorted(missing)}"
+
+@pytest.mark.parametrize("path", PAPER, ids=name_of)
+def test_paper_notebook_has_one_cell_of_literal_parameters(path):
+    tagged = [c for c in code(path) if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    for statement in ast.parse(tagged[0].source).body:
+        assert isinstance(statement, (ast.Assign, ast.AnnAssign)), f"not an assignment: {ast.unparse(statement)}"
+        ast.literal_eval(statement.value) # ValueError: papermill would replace the name and leave what was computed from it
+
+@pytest.mark.parametrize("path", PAPER, ids=name_of)
+def test_paper_notebook_exports_nothing_and_stays_short(path):
+    assert not any(re.search(r"^#\|\s*export", c.source, re.MULTILINE) for c in code(path))
+    assert len(code(path)) <= 12
+
+def test_paper_notebooks_are_left_out_of_nbdev_test(): assert (NBS/"paper"/".notest").exists()
+
+
+# ---- the site
+
+def links(path):
+    "Targets of all links and pictures in the prose and the stored markdown of a notebook."
+    texts = [c.source for c in read(path).cells if c.cell_type == "markdown"]
+    texts += [o.data["text/markdown"] for c in code(path) for o in c.outputs if "text/markdown" in o.get("data", {})]
+    return [t for text in texts for t in re.findall(r"\]\(([^)\s]+)", re.sub(r"```.*?```|`[^`\n]*`|\$\$.*?\$\$", "", text, flags=re.DOTALL))]
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_links_lead_somewhere(path):
+    blob = f"{SETTINGS['git_url']}/blob/{SETTINGS['branch']}/"
+    for link in links(path):
+        if link.startswith(blob): assert (ROOT/link[len(blob):]).exists(), link
+        elif not re.match(r"(\w+:|#)", link): assert (path.parent/link.partition("#")[0]).exists(), f"{link} does not exist"
+
+def sidebar_targets(entries):
+    for e in entries:
+        if isinstance(e, str): yield e
+        else:
+            if "href" in e: yield e["href"]
+            yield from sidebar_targets(e.get("contents", []))
+
+def test_sidebar_lists_every_page_once():
+    listed = list(sidebar_targets(yaml.safe_load((NBS/"sidebar.yml").read_text())["website"]["sidebar"]["contents"]))
+    assert len(listed) == len(set(listed))
+    wanted = {str(p.relative_to(NBS)) for p in NOTEBOOKS}
+    expected_later = {f"paper/{n}.ipynb" for n in PAPER_ITEMS} if not PAPER else set()
+    assert set(listed) - expected_later == wanted
+
+def test_quarto_settings_lead_somewhere():
+    assert (NBS/"_quarto.yml").is_symlink() and (NBS/"_quarto.yml").resolve() == ROOT/"_quarto.yml"
+    config = yaml.safe_load((ROOT/"_quarto.yml").read_text())
+    assert (NBS/config["format"]["html"]["css"]).exists()
+    assert config["metadata-files"] == ["nbdev.yml", "sidebar.yml"]
+    assert config["execute"] == {"enabled": False}
+    bar = config["website"]["navbar"]
+    for item in bar["left"] + bar["right"]:
+        assert item["href"].startswith("https://") or (NBS/item["href"]).exists() or not PAPER
+
+def test_pages_are_processed_and_document_every_public_name(tree):
+    call("nbdev_proc_nbs", cwd=tree, path=tree.parent/"bin", python_path=tree)
+    for path in NOTEBOOKS: assert (tree/"_proc"/path.relative_to(NBS)).exists(), name_of(path)
+    assert (tree/"_proc"/"_quarto.yml").read_text() == (ROOT/"_quarto.yml").read_text()
+    for path in MODULES:
+        page = json.loads((tree/"_proc"/path.name).read_text())
+        shown = "".join("".join(o["data"]["text/markdown"]) for c in page["cells"] for o in c.get("outputs", []) if "text/markdown" in o.get("data", {}))
+        for name in documented_names(path):
+            assert re.search(rf"^### (?:.*\.)?{name}$", shown, re.MULTILINE), f"{name} has no entry on the page of {path.stem}"
+
+def documented_names(path):
+    "Public functions and classes that a module notebook exports."
+    exported = "\n".join(c.source for c in code(path) if re.search(r"^#\|\s*exports?\s*$", c.source, re.MULTILINE))
+    return [n.name for n in ast.parse(exported).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != "_"]
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_stand_alone(path):
+    "To build a page nbdev runs exported cells and cells with an import, no others: code beside an import would miss what it builds on."
+    for cell in code(path):
+        if re.search(r"^#\|\s*(export|eval:\s*false)", cell.source, re.MULTILINE) or "nbdev_export()" in cell.source: continue
+        nodes = list(ast.walk(ast.parse(cell.source)))
+        if any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes):
+            assert not any(isinstance(n, (ast.Expr, ast.Assign)) for n in nodes), f"put the import into a cell of its own:\n{cell.source[:300]}"
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_public_parameters_are_documented(path):
+    "Each parameter of a public function has a comment behind it: nbdev makes the page's table from these."
+    for cell in code(path):
+        if not re.search(r"^#\|\s*exports?\s*$", cell.source, re.MULTILINE): continue
+        lines = cell.source.splitlines()
+        for f in ast.parse(cell.source).body:
+            if not isinstance(f, ast.FunctionDef) or f.name[0] == "_": continue
+            assert ast.get_docstring(f), f"{f.name} has no docstring"
+            bare = [a.arg for a in f.args.args + f.args.kwonlyargs if a.arg != "self" and "#" not in "\n".join(lines[a.lineno-1:a.end_lineno])]
+            assert not bare, f"{f.name}: {bare} have no comment"
+
+
+# ---- the front page
+
+def test_readme_is_in_step_with_the_front_page(): call(sys.executable, ROOT/".ci"/"make_readme.py", "--check")
+
+def test_readme_starts_with_the_two_commands():
+    commands = re.findall(r"```bash\n(.*?)\n```", (ROOT/"README.md").read_text(), re.DOTALL)
+    assert commands[:2] == ["pip install -e . && raptor reproduce", 'pip install -e ".[dev]" && pytest']
+
+def test_readme_links_lead_somewhere():
+    text = re.sub(r"```.*?```", "", (ROOT/"README.md").read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)", text):
+        if not re.match(r"(\w+:|#)", link): assert (ROOT/link).exists() or not PAPER, link
+
+def test_numbers_on_the_front_page_come_from_the_results():
+    "What is stored in the front page is what its code prints today."
+    for cell in code(NBS/"index.ipynb"):
+        tree, scope = ast.parse(cell.source), {}
+        last = tree.body.pop()
+        exec(compile(tree, "index", "exec"), scope)
+        value = eval(compile(ast.Expression(last.value), "index", "eval"), scope)
+        assert [o.data["text/markdown"] for o in cell.outputs] == [value.data]
+
+
+# ---- the package
+
+def test_package_and_settings_agree():
+    import raptor
+    project, cff = pyproject()["project"], yaml.safe_load((ROOT/"CITATION.cff").read_text())
+    assert project["name"] == SETTINGS["lib_name"] == "raptor"
+    assert project["requires-python"] == f">={SETTINGS['min_python']}"
+    assert project["description"] == SETTINGS["description"]
+    assert project["keywords"] == SETTINGS["keywords"].split()
+    assert project["license"].lower() == SETTINGS["license"] and cff["license"] == project["license"]
+    assert project["urls"]["Source"] == SETTINGS["git_url"] == cff["repository-code"]
+    assert raptor.__version__ == SETTINGS["version"] == cff["version"]
+    assert cff["preferred-citation"]["url"] == project["urls"]["Paper"]
+
+def imported(sources):
+    "Top-level names of everything that is imported anywhere in Python sources."
+    found = set()
+    for node in (n for s in sources for n in ast.walk(ast.parse(s))):
+        if isinstance(node, ast.Import): found |= {a.name.partition(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level: found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"raptor"}
+
+def required(names): return {re.match(r"[\w-]+", n).group().lower().replace("-", "_") for n in names}
+
+def test_what_the_package_imports_is_declared():
+    known_as = {"sklearn": "scikit_learn", "yaml": "pyyaml", "PIL": "torchvision", "IPython": "ipykernel", "nbformat": "nbconvert", "nbclient": "papermill", "psutil": "accelerate"}
+    sources = [p.read_text() for p in (ROOT/"raptor").glob("*.py")] + [c.source for p in PAPER for c in code(p)]
+    used = {known_as.get(n, n) for n in imported(sources)}
+    undeclared = used - required(pyproject()["project"]["dependencies"])
+    assert not undeclared, f"imported and not declared: {sorted(undeclared)}"
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}: raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+import importlib, pkgutil, raptor
+names = [m.name for m in pkgutil.iter_modules(raptor.__path__) if m.name != "paper"]
+for name in names: importlib.import_module(f"raptor.{{name}}")
+print(*sorted(names))
+"""
+
+def test_package_imports_without_its_tools():
+    blocked = {"nbdev", "fastcore", "execnb", "papermill", "snakemake", "zarr", "nbconvert", "nbformat", "jupytext", "wandb", "tensorboard"}
+    names = call(sys.executable, "-c", BLOCKED.format(blocked=blocked)).split()
+    assert names == sorted(p.stem for p in (ROOT/"raptor").glob("*.py") if p.stem != "__init__")
+
+PAPER_DATA = {"Snakefile", "presets", "published"}
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "A wheel built from a copy of the tree, with stand-ins for paper files that do not exist yet."
+    folder = tmp_path_factory.mktemp("wheel")
+    call(ROOT/".ci"/"copy_tree", folder/"tree")
+    paper = folder/"tree"/"nbs"/"paper"
+    for name in ("presets/probe.yaml", "published/probe.csv", "profiles/slurm/config.yaml", "probe.mplstyle", "results/digits/probe.csv"):
+        (paper/name).parent.mkdir(parents=True, exist_ok=True)
+        (paper/name).write_text("")
+    call(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, folder/"tree")
+    return next(folder.glob("raptor-*.whl"))
+
+def test_wheel_carries_the_paper_but_no_results(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    paper = {n.removeprefix("raptor/paper/") for n in names if n.startswith("raptor/paper/")}
+    assert {"presets/probe.yaml", "published/probe.csv", "profiles/slurm/config.yaml", "probe.mplstyle"} <= paper
+    assert {p.name for p in PAPER} <= paper
+    for file in (NBS/"paper").rglob("*"):
+        relative = file.relative_to(NBS/"paper")
+        if file.is_file() and relative.parts[0] in PAPER_DATA: assert str(relative) in paper, relative
+    assert not any(n.startswith("results") for n in paper)
+    assert {n for n in names if n.startswith("raptor/") and n.endswith(".py")} == {f"raptor/{p.name}" for p in (ROOT/"raptor").glob("*.py")}
+    assert not any(n.startswith(("tests", "nbs")) for n in names)
+
+def test_installed_wheel_finds_the_paper(wheel, tmp_path):
+    site, empty = tmp_path/"site", tmp_path/"empty"
+    empty.mkdir()
+    call(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel)
+    out = call(sys.executable, "-c", "import raptor.core as c; print(c.paper_root()); print(c.code_version())", cwd=empty, python_path=site)
+    assert out.split() == [str((site/"raptor"/"paper").resolve()), SETTINGS["version"]]
+    assert list(empty.iterdir()) == []
+    entry = next(site.glob("raptor-*.dist-info/entry_points.txt")).read_text()
+    assert "raptor = raptor.pipeline:main" in entry
+
+def test_checkout_finds_the_paper(tmp_path):
+    out = call(sys.executable, "-c", "import raptor.core; print(raptor.core.paper_root())", cwd=tmp_path)
+    assert out.strip() == str(NBS/"paper")
+
+
+# ---- continuous integration
+
+@pytest.mark.parametrize("name", ["run", "copy_tree", "in_step"])
+def test_scripts_can_be_run(name):
+    script = ROOT/".ci"/name
+    assert script.stat().st_mode & stat.S_IXUSR
+    call("bash", "-n", script)
+
+def test_copy_is_what_git_would_commit(tree):
+    assert not shutil.which("git") or call("git", "status", "--porcelain", cwd=tree) == ""
+    assert (tree/"nbs"/"_quarto.yml").is_symlink()
+    assert not (tree/"_proc").exists() and not list(tree.rglob("__pycache__"))
+
+def test_workflows_run_what_developers_run():
+    job = yaml.safe_load((ROOT/".github"/"workflows"/"test.yaml").read_text())["jobs"]["test"]
+    versions = {c.rpartition(" ")[2] for c in pyproject()["project"]["classifiers"] if re.search(r":: 3\.\d+$", c)}
+    assert set(job["strategy"]["matrix"]["python-version"]) == versions
+    assert any(s.get("run") == "bash .ci/run" for s in job["steps"])
+    site = yaml.safe_load((ROOT/".github"/"workflows"/"docs.yaml").read_text())["jobs"]["site"]
+    assert any(s.get("run") == "nbdev_docs" for s in site["steps"])
