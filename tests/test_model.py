@@ -1,0 +1,441 @@
+"""The recurrent block, the Raptor, its place as a backbone, and what its files are checked for."""
+import json, math, struct
+from pathlib import Path
+
+import numpy as np
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from raptor.block import BlockConfig, RecurrentBlock, attend, block_flops, flop_matched_hidden, load_block, save_block, write_tensors
+from raptor.core import RaptorError
+from raptor.model import Raptor, RaptorBackbone
+from raptor.phases import FragmentedPhases, Phases
+
+
+def awake(module):
+    "Random weights everywhere, so that no part of the computation is near the identity."
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in module.parameters(): p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype)*0.3)
+    return module
+
+
+def by_hand(block, x, t):
+    "One step in numpy, written from the equations, one image and one head at a time."
+    w = {n: p.detach().double().numpy() for n, p in block.named_parameters()}
+    x, D, H = x.double().numpy().copy(), block.config.dim, block.config.num_heads
+    d = D//H
+    def norm(v, n):
+        c = v - v.mean(-1, keepdims=True)
+        return c/np.sqrt((c**2).mean(-1, keepdims=True) + 1e-5)*w[f"{n}.weight"] + w[f"{n}.bias"]
+    sigmoid = lambda v: 1/(1 + np.exp(-v))
+    a = b = c = np.ones(D)
+    if block.config.depth_scaling:
+        h = w["scaling.fc1.weight"][:, 0]*t + w["scaling.fc1.bias"]
+        scales = 1 + w["scaling.fc2.weight"] @ (h*sigmoid(h)) + w["scaling.fc2.bias"]
+        a, b, c = scales[:D], scales[D:2*D], scales[2*D:]
+    for image in range(len(x)):
+        y = norm(x[image], "norm1") @ w["qkv.weight"].T + w["qkv.bias"]
+        out = np.zeros_like(x[image])
+        for head in range(H):
+            q, k, v = (y[:, i*D + head*d:i*D + (head + 1)*d] for i in range(3))
+            e = np.exp(q @ k.T/np.sqrt(d))
+            out[:, head*d:(head + 1)*d] = e/e.sum(1, keepdims=True) @ v
+        x[image] += a*w["gamma1"]*(out @ w["proj.weight"].T + w["proj.bias"])
+        u = norm(x[image], "norm2") @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"]
+        if block.config.mlp == "swiglu":
+            u, value = np.split(u, 2, axis=1)
+            u = u*sigmoid(u)*value
+        else: u = u*0.5*(1 + np.vectorize(math.erf)(u/np.sqrt(2)))
+        x[image] += b*w["gamma2"]*(u @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"])
+    return torch.from_numpy(c*x)
+
+
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+@pytest.mark.parametrize("depth_scaling", [True, False])
+def test_block_equals_the_equations(mlp, depth_scaling):
+    block = awake(RecurrentBlock(12, 3, mlp, hidden=20, depth_scaling=depth_scaling).double())
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    for t in (1, 7.): torch.testing.assert_close(block(x, t), by_hand(block, x, t), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("tokens,dim,heads", [(1, 4, 1), (7, 12, 3), (41, 64, 4)])
+def test_attention_equals_torch_multihead(tokens, dim, heads):
+    block = awake(RecurrentBlock(dim, heads).double())
+    reference = nn.MultiheadAttention(dim, heads, batch_first=True).double()
+    with torch.no_grad():
+        for ours, theirs in ((block.qkv.weight, reference.in_proj_weight), (block.qkv.bias, reference.in_proj_bias), (block.proj.weight, reference.out_proj.weight), (block.proj.bias, reference.out_proj.bias)): theirs.copy_(ours)
+    x = torch.randn(3, tokens, dim, dtype=torch.float64)
+    torch.testing.assert_close(block.attention(x), reference(x, x, x, need_weights=False)[0], atol=1e-12, rtol=1e-12)
+
+
+def test_bfloat16_attention_agrees_with_float32():
+    q, k, v = torch.randn(3, 2, 4, 41, 16)
+    torch.testing.assert_close(attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float(), attend(q, k, v), atol=0.03, rtol=0.03)
+
+
+def test_depth_may_be_a_number_or_one_for_each_state():
+    block = awake(RecurrentBlock(8, 2))
+    x = torch.randn(3, 5, 8)
+    each = block(x, torch.tensor([2, 9, 4]))
+    for i, t in enumerate((2., 9, torch.tensor(4))): torch.testing.assert_close(each[i:i + 1], block(x[i:i + 1], t))
+    assert (block(x, 2) - block(x, 9)).abs().max() > 1e-3
+    with pytest.raises(RaptorError, match="2 depths were given for 3 states"): block(x, torch.tensor([1, 2]))
+
+
+def test_new_block_starts_near_the_identity():
+    torch.manual_seed(0)
+    block, x = RecurrentBlock(16, 2), torch.randn(2, 6, 16)
+    torch.testing.assert_close(RecurrentBlock(16, 2, depth_scaling=False)(x, 12), x, atol=1e-4, rtol=0.)
+    torch.testing.assert_close(block(x, 12), x, atol=1e-4, rtol=0.02)
+    assert block.scaling.fc2.weight.std().item() == pytest.approx(1e-4, rel=0.2)
+    assert torch.equal(block.gamma1, torch.full((16,), 1e-5))
+
+
+def test_depth_scaling_keeps_its_precision_under_autocast():
+    block, x = awake(RecurrentBlock(8, 2, layer_scale=0.)), torch.randn(1, 3, 8)
+    with torch.no_grad(): block.gamma1.zero_(); block.gamma2.zero_()
+    with torch.autocast("cpu", dtype=torch.bfloat16): low = block(x, 11)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, block(x, 11), atol=1e-6, rtol=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 3), st.integers(0, 4), st.integers(1, 3), st.booleans())
+def test_rollouts_compose_and_teacher_forcing_is_single_steps(start, length, batch, scaled):
+    block = awake(RecurrentBlock(8, 2, depth_scaling=scaled).double())
+    x = torch.randn(batch, 3, 8, dtype=torch.float64)
+    whole = block.rollout(x, start, start + length)
+    assert torch.equal(whole[:, 0], x) and whole.shape[1] == length + 1
+    torch.testing.assert_close(whole[:, -1], block.advance(x, start, start + length))
+    if length:
+        torch.testing.assert_close(block.rollout(whole[:, 1], start + 1, start + length), whole[:, 1:])
+        torch.testing.assert_close(block.predict_next(whole, start), whole[:, 1:]) # its own trajectory is a fixed point of teacher forcing
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.data())
+def test_teacher_forcing_of_any_partition_equals_its_steps(labels, data):
+    names = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    phases = FragmentedPhases(tuple(names[label] for label in labels))
+    torch.manual_seed(0)
+    raptor = Raptor([RecurrentBlock(8, 2, layer_scale=0.5).double() for _ in range(phases.k)], phases)
+    start = data.draw(st.integers(0, len(labels) - 1)); end = data.draw(st.integers(start + 1, len(labels)))
+    states = torch.randn(2, end - start + 1, 3, 8, dtype=torch.float64)
+    steps = [raptor.step(states[:, i], start + i + 1) for i in range(end - start)]
+    torch.testing.assert_close(raptor.predict_next(states, start), torch.stack(steps, 1))
+    torch.testing.assert_close(raptor.advance(states[:, 0], start, end), raptor.rollout(states[:, 0], start, end)[:, -1])
+
+
+def test_gradient_reaches_every_weight():
+    raptor = awake(Raptor.create(Phases((1, 3)), 8, 2))
+    raptor(torch.randn(2, 4, 8)).square().sum().backward()
+    # the key bias shifts all logits of a query alike, so softmax cancels it; everything else must move
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in raptor.parameters())
+
+
+def test_same_seed_same_weights():
+    torch.manual_seed(3); a = Raptor.create(Phases((2, 4)), 8, 2)
+    torch.manual_seed(3); b = Raptor.create(Phases((2, 4)), 8, 2)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+@pytest.mark.parametrize("mlp,hidden,layers", [("swiglu", None, 16), ("gelu", None, 12), ("swiglu", flop_matched_hidden(24), 12)])
+def test_counts_of_weights_and_flops(mlp, hidden, layers):
+    block = RecurrentBlock(24, 3, mlp, hidden, depth_scaling=False)
+    assert sum(p.numel() for p in block.parameters() if p.ndim == 2) == layers*24**2
+    x = torch.randn(1, 10, 24)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): block(x, 1)
+    assert block_flops(block.config, 10) == counter.get_total_flops() == 2*10*layers*24**2 + 4*10**2*24
+
+
+def test_flops_of_depth_scaling():
+    block = RecurrentBlock(24, 3)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): block(torch.randn(1, 10, 24), 1)
+    assert block_flops(block.config, 10) == counter.get_total_flops()
+
+
+def test_flops_of_a_raptor_sum_over_layers():
+    raptor = Raptor([RecurrentBlock(8, 2, hidden=8), RecurrentBlock(8, 2, hidden=16)], Phases((1, 4)))
+    assert raptor.flops(5) == block_flops(BlockConfig(8, 2, hidden=8), 5) + 3*block_flops(BlockConfig(8, 2, hidden=16), 5)
+
+
+@pytest.mark.parametrize("arguments,sentence", [
+    (dict(dim=8, num_heads=3), "not a multiple"), (dict(dim=0, num_heads=1), "dim is '0'"), (dict(dim=8, num_heads=True), "num_heads is 'True'"),
+    (dict(dim=10**9, num_heads=1), "1..65536"), (dict(dim=8, num_heads=2, mlp="swish"), "unknown mlp"), (dict(dim=8, num_heads=2, hidden=0), "hidden is '0'"),
+    (dict(dim=8, num_heads=2, layer_scale=float("nan")), "finite"), (dict(dim=8, num_heads=2, depth_scaling=1), "true or false")])
+def test_impossible_blocks_are_refused(arguments, sentence):
+    with pytest.raises(RaptorError, match=sentence): RecurrentBlock(**arguments)
+
+
+def test_impossible_raptors_are_refused():
+    block = RecurrentBlock(8, 2)
+    for blocks, phases, sentence in (([block], Phases((1, 2)), "1 blocks were given for 2"), ([block, block], Phases((1, 2)), "given twice"),
+        ([block, RecurrentBlock(16, 2)], Phases((1, 2)), r"widths \[8, 16\]"), ([block], Phases((2000,)), "at most 1024")):
+        with pytest.raises(RaptorError, match=sentence): Raptor(blocks, phases)
+    raptor = Raptor([block], Phases((3,)))
+    x = torch.zeros(1, 2, 8)
+    for call in (lambda: raptor.step(x, 0), lambda: raptor.step(x, 4), lambda: raptor.rollout(x, 2, 1), lambda: raptor.rollout(x, 0, 4), lambda: raptor.predict_next(x.expand(1, 4, 2, 8), 1)):
+        with pytest.raises(RaptorError, match="cannot go from state"): call()
+    with pytest.raises(RaptorError, match="hold no pair"): raptor.predict_next(x[:, None])
+    with pytest.raises(RaptorError, match=r"must be \(B, N, 8\)"): raptor(torch.zeros(1, 2, 9))
+
+
+# --- in the place of a backbone ----------------------------------------------------------------------------------
+
+class Teacher(nn.Module):
+    "Six tokens (cls, one register, 2 x 2 patches) of width 8; the embedding reads the image."
+    depth, dim, num_heads, num_prefix, num_registers, has_cls, grid, img_size = 4, 8, 2, 2, 1, True, (2, 2), (4, 4)
+    mean, std, name, fingerprint = (0.5,)*3, (0.5,)*3, "teacher", "f00d"
+    def embed(self, images): return images.flatten(1)[:, :48].reshape(-1, 6, 8)
+    def norm(self, state): return state + 1
+    def cls(self, state): return state[:, 0]
+    def patches(self, state): return state[:, 2:]
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(1)
+    return RaptorBackbone(Teacher(), Raptor([RecurrentBlock(8, 2, layer_scale=0.5) for _ in range(2)], Phases((1, 4)))).eval()
+
+
+def test_student_answers_as_its_teacher_does(student):
+    images = torch.randn(2, 3, 4, 4)
+    states = student.raptor.rollout(student.embed(images))
+    torch.testing.assert_close(student.trajectory(images), states)
+    torch.testing.assert_close(student.trajectory(images, 1, 3), states[:, 1:4])
+    torch.testing.assert_close(student.features(images), states[:, 4] + 1)
+    torch.testing.assert_close(student(images), student.forward_features(images))
+    assert torch.equal(student.cls(states[:, 4]), states[:, 4, 0]) and torch.equal(student.patches(states[:, 4]), states[:, 4, 2:])
+    assert (student.depth, student.dim, student.num_prefix, student.grid, student.mean, student.num_features, student.num_prefix_tokens) == (4, 8, 2, (2, 2), (.5,)*3, 8, 2)
+
+
+def test_intermediates_follow_timm(student):
+    images = torch.randn(2, 3, 4, 4)
+    states = student.trajectory(images)
+    final, maps = student.forward_intermediates(images, indices=2)
+    assert len(maps) == 2
+    torch.testing.assert_close(maps[0][1, :, 1, 0], states[1, 3, 2 + 2]) # row 1, column 0 is the third patch
+    torch.testing.assert_close(final, states[:, 4] + 1)
+    [(patches, prefix)] = student.forward_intermediates(images, [-1], return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True)
+    torch.testing.assert_close(torch.cat([prefix, patches], 1), states[:, 4] + 1)
+    early, _ = student.forward_intermediates(images, [0], stop_early=True)
+    torch.testing.assert_close(early, states[:, 1] + 1)
+    for bad in ([4], 5, 0, [-5], []):
+        with pytest.raises(RaptorError, match="indices"): student.forward_intermediates(images, bad)
+
+
+def test_intermediates_agree_with_a_timm_model():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, depth=3, embed_dim=8, num_heads=2, reg_tokens=1).eval()
+    class Wrapped(nn.Module):
+        depth, dim, num_prefix, grid, name, fingerprint = 3, 8, 2, (2, 2), "tiny", "0"
+        def embed(self, images): return model.norm_pre(model._pos_embed(model.patch_embed(images)))
+        def norm(self, state): return model.norm(state)
+    class Layers(Raptor): # a Raptor whose steps are the teacher's own layers
+        def step(self, x, t): return model.blocks[t - 1](x)
+    student = RaptorBackbone(Wrapped(), Layers([RecurrentBlock(8, 2)], Phases((3,))))
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(student.forward_features(images), model.forward_features(images))
+    for arguments in (dict(indices=[0, 2]), dict(indices=2, norm=True, output_fmt="NLC"), dict(return_prefix_tokens=True), dict(indices=[0, -1], intermediates_only=True), dict(indices=[1], stop_early=True)):
+        torch.testing.assert_close(student.forward_intermediates(images, **arguments), model.forward_intermediates(images, **arguments))
+
+
+def test_fingerprint_of_a_student_follows_its_weights(student):
+    before = student.fingerprint
+    assert student.fingerprint == before
+    with torch.no_grad(): student.raptor.blocks[1].gamma2[3] += 1e-3
+    assert student.fingerprint != before
+
+
+def test_a_student_of_another_teacher_is_refused():
+    for ends, dim, sentence in (((5,), 8, "depth 5 .* depth 4"), ((4,), 16, "dim 16 .* dim 8")):
+        with pytest.raises(RaptorError, match=sentence): RaptorBackbone(Teacher(), Raptor.create(Phases(ends), dim, 2))
+
+
+# --- on disk -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(2)
+    raptor = awake(Raptor.create(Phases((1, 3)), 8, 2))
+    return raptor, raptor.save_pretrained(tmp_path/"model", {"backbone": "teacher", "seed": 7}, {"top-1": 0.5})
+
+
+@pytest.mark.parametrize("phases,arguments", [(Phases((1, 3)), {}), (FragmentedPhases((0, 1, 0)), dict(mlp="gelu", depth_scaling=False)), (Phases((2,)), dict(hidden=flop_matched_hidden(8)))])
+def test_saved_and_read_back_bit_for_bit(tmp_path, phases, arguments):
+    raptor = awake(Raptor.create(phases, 8, 2, **arguments))
+    raptor.save_pretrained(tmp_path)
+    again = Raptor.from_pretrained(str(tmp_path))
+    assert again.phases == phases and again.config == raptor.config
+    assert {n: p.tolist() for n, p in again.state_dict().items()} == {n: p.tolist() for n, p in raptor.state_dict().items()}
+    assert all(p.requires_grad for p in again.parameters())
+    again.save_pretrained(tmp_path) # over the file that it was read from
+    x = torch.randn(1, 3, 8)
+    assert torch.equal(Raptor.from_pretrained(tmp_path).rollout(x), raptor.rollout(x))
+
+
+def test_saving_twice_gives_the_same_bytes(saved, tmp_path):
+    raptor, folder = saved
+    raptor.save_pretrained(tmp_path/"other", {"backbone": "teacher", "seed": 7}, {"top-1": 0.5})
+    for path in folder.iterdir(): assert path.read_bytes() == (tmp_path/"other"/path.name).read_bytes()
+
+
+def test_low_precision_survives(tmp_path):
+    raptor = Raptor.create(Phases((2,)), 8, 2).bfloat16()
+    raptor.save_pretrained(tmp_path)
+    assert {p.dtype for p in Raptor.from_pretrained(tmp_path).parameters()} == {torch.bfloat16}
+
+
+def test_card_says_what_is_known_and_what_is_not(saved):
+    raptor, folder = saved
+    lines = (folder/"README.md").read_text().splitlines()
+    weights = sum(p.numel() for p in raptor.blocks[0].parameters())
+    assert lines[0] == "---" and "| top-1 | 0.5 |" in lines and "| seed | 7 |" in lines
+    assert f"| 2 | 2, 3 | 2 | swiglu, 32 wide | {weights:,} |" in lines
+    raptor.save_pretrained(folder)
+    text = (folder/"README.md").read_text()
+    assert "## Results\n\nnot run" in text and "## Run\n\nnot recorded" in text
+
+
+def test_an_interrupted_save_leaves_the_old_files(saved, monkeypatch):
+    raptor, folder = saved
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    import raptor.block as module
+    def breaks(tensors, path, metadata):
+        Path(path).write_bytes(b"half"); raise OSError("disk full")
+    monkeypatch.setattr(module, "save_file", breaks)
+    with pytest.raises(OSError): awake(Raptor.create(Phases((3,)), 8, 2)).save_pretrained(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def edit_config(folder, **changes):
+    path = folder/"config.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+
+
+BLOCK = dict(dim=8, num_heads=2, mlp="swiglu", hidden=32, layer_scale=1e-5, depth_scaling=True)
+
+@pytest.mark.parametrize("changes,sentence", [
+    (dict(format=...), "exactly the keys"), (dict(weights="../../etc/passwd"), "exactly the keys"), (dict(format=2), "this version reads 1"), (dict(format=[0]*999), "has format"),
+    (dict(phases=[1, 3]), "'ends' or 'assignment'"), (dict(phases={}), "'ends' or 'assignment'"), (dict(phases={"ends": [1, 3], "x": 1}), "'ends' or 'assignment'"),
+    (dict(phases={"ends": [1, 10**9]}), "integers in 0..1024"), (dict(phases={"ends": list(range(1, 3000))}), "integers in"), (dict(phases={"ends": [1, 2.5]}), "integers in"),
+    (dict(phases={"ends": [3, 1]}), "increasing"), (dict(phases={"ends": [3]}), "one block for each of its 1"), (dict(phases={"assignment": [0, 2, 2]}), "every block"),
+    (dict(blocks=[BLOCK]), "one block for each"), (dict(blocks=[BLOCK, {**BLOCK, "dim": 10**9}]), "dim is '1000000000'"), (dict(blocks=[BLOCK, {**BLOCK, "hidden": 10**12}]), "hidden is"),
+    (dict(blocks=[BLOCK, {**BLOCK, "path": "../x"}]), "'path'"), (dict(blocks=[BLOCK, {k: v for k, v in BLOCK.items() if k != "mlp"}]), "'mlp'"), (dict(blocks=[BLOCK, "..."]), "sizes were expected"),
+    (dict(blocks=[BLOCK, {**BLOCK, "mlp": "../../x"}]), "unknown mlp"), (dict(blocks=[BLOCK, {**BLOCK, "mlp": ["x"]}]), "unknown mlp"), (dict(blocks=[BLOCK, {**BLOCK, "dim": "8"}]), "dim is '8'"),
+    (dict(blocks=[{**BLOCK, "dim": 65536}]*2), "where the configuration needs"), (dict(blocks=[BLOCK, {**BLOCK, "hidden": 16}]), "where the configuration needs"),
+    (dict(blocks=[BLOCK, {**BLOCK, "depth_scaling": False}]), "which the configuration does not have"), (dict(phases={"assignment": [0, 1, 0]}), "another config.json"), (dict(phases={"ends": [2, 3]}), "another config.json")])
+def test_a_false_configuration_is_refused_in_one_sentence(saved, changes, sentence):
+    edit_config(saved[1], **changes)
+    with pytest.raises(RaptorError, match=sentence) as e: Raptor.from_pretrained(saved[1])
+    assert "\n" not in str(e.value) and len(str(e.value)) < 600
+
+
+@pytest.mark.parametrize("content,sentence", [("{", "not valid JSON"), ("[" * 200_000, "config.json"), ("[]", "exactly the keys"), (" " * (2**20 + 1), "larger than 1 MiB"), ("\xff", "config.json")])
+def test_a_configuration_that_is_no_json_is_refused(saved, content, sentence):
+    (saved[1]/"config.json").write_bytes(content.encode("latin1"))
+    with pytest.raises(RaptorError, match=sentence): Raptor.from_pretrained(saved[1])
+
+
+def header(raw): return json.loads(raw[8:8 + struct.unpack("<Q", raw[:8])[0]])
+def with_header(raw, change):
+    "The same file with another header."
+    values = header(raw); change(values)
+    text = json.dumps(values).encode()
+    return struct.pack("<Q", len(text)) + text + raw[8 + struct.unpack("<Q", raw[:8])[0]:]
+
+def lie(name, **entry):
+    def change(values): values[name].update(entry)
+    return change
+
+GAMMA = "blocks.0.gamma1"
+@pytest.mark.parametrize("damage,sentence", [
+    (lambda raw: raw[:-1], "cannot be read"), (lambda raw: raw[:100], "cannot be read"), (lambda raw: raw[:4], "cannot be read"), (lambda raw: b"", "cannot be read"),
+    (lambda raw: raw + b"\0", "cannot be read"), (lambda raw: struct.pack("<Q", 2**62) + raw[8:], "cannot be read"), (lambda raw: b"\x80\x02]q\0." + raw, "cannot be read"),
+    (lambda raw: with_header(raw, lie(GAMMA, shape=[10**9])), "cannot be read"), (lambda raw: with_header(raw, lie(GAMMA, shape=[2**63])), "cannot be read"),
+    (lambda raw: with_header(raw, lie(GAMMA, shape=[4, 2])), r"shape \(4, 2\), where"), (lambda raw: with_header(raw, lie(GAMMA, dtype="I32")), "as I32"),
+    (lambda raw: with_header(raw, lie(GAMMA, dtype="F64")), "cannot be read"), (lambda raw: with_header(raw, lie(GAMMA, data_offsets=[0, 2**40])), "cannot be read"),
+    (lambda raw: with_header(raw, lambda h: h.update({"blocks.9.gamma1": h.pop(GAMMA)})), "lack 'blocks.0.gamma1'"),
+    (lambda raw: with_header(raw, lambda h: h.pop("__metadata__")), "no note"), (lambda raw: with_header(raw, lambda h: h["__metadata__"].update(raptor="{")), "no note"),
+    (lambda raw: with_header(raw, lambda h: h["__metadata__"].update(raptor="[" * 100_000)), "no note")])
+def test_damaged_weights_are_refused_in_one_sentence(saved, damage, sentence):
+    path = saved[1]/"model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(RaptorError, match=sentence) as e: Raptor.from_pretrained(saved[1])
+    assert "\n" not in str(e.value) and len(str(e.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(saved, name):
+    (saved[1]/name).unlink()
+    with pytest.raises(RaptorError, match=name): Raptor.from_pretrained(saved[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_a_flipped_byte_gives_a_raptor_or_a_sentence(tmp_path_factory, position, flip):
+    folder = tmp_path_factory.mktemp("flip")
+    Raptor.create(Phases((1,)), 4, 1, hidden=4).save_pretrained(folder)
+    path = folder/"model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[position % len(raw)] ^= flip
+    path.write_bytes(raw)
+    try: Raptor.from_pretrained(folder)
+    except RaptorError: pass
+
+
+def test_a_repository_is_fetched_file_by_file(saved, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+    def fetch(repo, name, revision=None):
+        asked.append((repo, name, revision)); return str(saved[1]/name)
+    monkeypatch.setattr(hub, "hf_hub_download", fetch)
+    assert Raptor.from_pretrained("someone/some-raptor", revision="v1").config == saved[0].config
+    assert set(asked) == {("someone/some-raptor", "config.json", "v1"), ("someone/some-raptor", "model.safetensors", "v1")}
+
+
+def test_a_hub_out_of_reach_is_one_sentence(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    def fetch(*_, **__): raise ConnectionError("no route\nto host")
+    monkeypatch.setattr(hub, "hf_hub_download", fetch)
+    with pytest.raises(RaptorError, match="could not be fetched") as e: Raptor.from_pretrained("someone/some-raptor")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("where", ["/no/such/folder", "./nowhere", "../nowhere", "nowhere", "a/b/c", "tests/nowhere", "~/nowhere-at-all"])
+def test_a_path_that_does_not_exist_is_not_looked_for_on_a_hub(where, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    with pytest.raises(RaptorError, match="does not exist"): Raptor.from_pretrained(where)
+
+
+def test_blocks_are_kept_with_their_span(tmp_path):
+    blocks = [awake(RecurrentBlock(8, 2, mlp)) for mlp in ("swiglu", "gelu")]
+    paths = [save_block(tmp_path/f"{i}.safetensors", b, span, {"seed": i}) for i, (b, span) in enumerate(zip(blocks, ((0, 2), (2, 3))))]
+    raptor = Raptor.from_blocks(reversed(paths))
+    assert raptor.phases == Phases((2, 3)) and [b.config.mlp for b in raptor.blocks] == ["swiglu", "gelu"]
+    x = torch.randn(1, 4, 8)
+    assert torch.equal(raptor(x), blocks[1](blocks[0].advance(x, 0, 2), 3))
+    for spans in ([(0, 2)], [(0, 2), (3, 4)], [(0, 2), (1, 3)], [(1, 2)], []):
+        if spans == [(0, 2)]: assert Raptor.from_blocks([(blocks[0], spans[0])]).depth == 2; continue
+        with pytest.raises(RaptorError, match="do not close up"): Raptor.from_blocks(list(zip(blocks, spans)))
+
+
+@pytest.mark.parametrize("span", [[3, 3], [-1, 2], [0], "01", [0, 10**9], [0, 1.5], None])
+def test_a_block_with_a_false_span_is_refused(tmp_path, span):
+    block = RecurrentBlock(8, 2)
+    path = write_tensors(tmp_path/"b.safetensors", block, {"block": BLOCK, "span": span})
+    with pytest.raises(RaptorError, match="span"): load_block(path)
+
+
+def test_a_foreign_file_is_no_block(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path/"w.safetensors")
+    with pytest.raises(RaptorError, match="no note"): load_block(tmp_path/"w.safetensors")
+    raptor = Raptor.create(Phases((1,)), 8, 2)
+    raptor.save_pretrained(tmp_path)
+    with pytest.raises(RaptorError, match="not those of one block"): load_block(tmp_path/"model.safetensors")
