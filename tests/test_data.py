@@ -1,0 +1,281 @@
+"Digits, digit scenes and what all data sets share."
+import subprocess, sys
+
+import numpy as np, pytest, torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch.utils.data import DataLoader
+
+import raptor.data
+from raptor.core import RaptorError
+from raptor.data import (FRAME, INK, DatasetSpec, digit_split, draw_scenes, interpolation_matrix, limited, load_dataset,
+    normalise, random_table, render_scenes, shifted_crop)
+
+quick = settings(max_examples=30, deadline=None)
+
+
+def same(a, b):
+    "Two items or batches are bit for bit equal."
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def spec(**changes):
+    return DatasetSpec(**{**dict(name="digits", split="train", task="classification", size=(24, 24), mean=(0,)*3, std=(1,)*3, train_transform=False, limit=None, seed=0), **changes})
+
+
+# --- digits ---------------------------------------------------------------------------------------
+
+def test_every_digit_is_in_exactly_one_split():
+    places = {s: digit_split(s)[2].tolist() for s in ("train", "val", "test")}
+    assert sorted(sum(places.values(), [])) == list(range(1797))
+    for s, share in (("train", 0.60), ("val", 0.15), ("test", 0.25)):
+        counts = torch.bincount(digit_split(s)[1], minlength=10)
+        whole = torch.bincount(torch.cat([digit_split(t)[1] for t in places]), minlength=10)
+        assert ((counts/whole - share).abs() < 0.01).all()
+
+
+def test_enlarged_three_times_the_middle_of_each_block_is_the_scan():
+    from sklearn.datasets import load_digits
+    data = load_dataset("digits", "test")
+    place = digit_split("test")[2][10]
+    scan = load_digits().images[place]
+    assert np.array_equal(data.images[10, 0, 1::3, 1::3].numpy(), np.round(scan*255/16).astype(np.uint8))
+    assert data.labels[10] == load_digits().target[place]
+
+
+def test_augmented_digit_is_a_shift_by_at_most_two_pixels():
+    plain, moved = load_dataset("digits", "train", train_transform=False), load_dataset("digits", "train")
+    padded = F.pad(plain[3]["image"], (2,)*4, value=-plain.mean[0]/plain.std[0])
+    windows = [padded[:, y:y + 24, x:x + 24] for y in range(5) for x in range(5)]
+    seen = set()
+    for epoch in range(60):
+        moved.set_epoch(epoch)
+        image = moved[3]["image"]
+        hits = [k for k, w in enumerate(windows) if torch.allclose(w, image, atol=1e-5)]
+        assert hits
+        seen.add(hits[0])
+    assert len(seen) > 12 # 25 shifts, drawn 60 times
+
+
+def test_normalised_training_sets_have_mean_0_and_std_1():
+    for name in ("digits", "digit_scenes"):
+        x = load_dataset(name, "train", train_transform=False).get_batch(range(1000))["image"]
+        assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02
+        assert torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])
+
+
+# --- rendering ------------------------------------------------------------------------------------
+
+def test_one_scene_by_hand():
+    "3.5 m is 8 px: samples are copied; the nearer one (2 m, 14 px) lies over it."
+    glyphs = torch.zeros(1, 2, 8, 8)
+    glyphs[0, 0] = 0.75
+    glyphs[0, 1, 0, 7], glyphs[0, 1, 7, 0], glyphs[0, 1, 7, 7] = 1.0, 0.25, 0.2 # ink, just ink, no ink
+    images, classes, metres = render_scenes(glyphs, torch.tensor([[4, 9]]), torch.tensor([[2., 3.5]]), torch.tensor([[[9., 0.], [2., 4.]]]))
+    expected = torch.full((24, 24), 10)
+    expected[2, 11], expected[9, 4] = 9, 9
+    expected[9:23, 0:14] = 4 # covers (9, 4)
+    assert torch.equal(classes[0].long(), expected)
+    assert images[0, 0, 2, 11] == 255 and images[0, 0, 9, 4] == 191 and images[0, 0, 9, 11] == 191 and images[0, 0, 0, 0] == 0
+    assert metres[0, 2, 11] == 3.5 and metres[0, 9, 4] == 2 and metres[0, 0, 0] == 5
+
+
+def test_the_farther_digit_shows_through_holes_of_the_nearer():
+    glyphs = torch.ones(1, 2, 8, 8)
+    glyphs[0, 0, 2:6, 2:6] = 0
+    _, classes, _ = render_scenes(glyphs, torch.tensor([[0, 1]]), torch.tensor([[2., 3.5]]), torch.tensor([[[5., 5.], [8., 8.]]]))
+    assert classes[0, 12, 12] == 1 and classes[0, 5, 5] == 0
+
+
+@quick
+@given(st.integers(0, 10**6))
+def test_rendering_agrees_with_grid_sample(seed):
+    g = torch.Generator().manual_seed(seed)
+    glyph, depth = torch.rand(1, 1, 8, 8, generator=g), 2 + 2*torch.rand(1, generator=g)
+    size = 28/depth
+    top, left = (24 - size)*torch.rand(1, generator=g), (24 - size)*torch.rand(1, generator=g)
+    glyphs = torch.cat([glyph, torch.zeros(1, 1, 8, 8)], 1)
+    images, classes, _ = render_scenes(glyphs, torch.tensor([[3, 5]]), torch.stack([depth, depth], 1), torch.stack([top, left], 1)[None].expand(1, 2, 1, 2).reshape(1, 2, 2))
+    y, x = ((torch.arange(24) + 0.5 - corner)/size*2 - 1 for corner in (top, left))
+    grid = torch.stack([x[None, :].expand(24, 24), y[:, None].expand(24, 24)], -1)[None]
+    grey = F.grid_sample(glyph, grid, mode="bilinear", padding_mode="border", align_corners=False)[0, 0]
+    inside = (grid[0].abs() < 1 - 1e-5).all(-1)
+    clear = inside & ((grey - INK).abs() > 1e-4)
+    assert torch.equal((classes[0] == 3)[clear], (grey >= INK)[clear])
+    ink = clear & (grey >= INK)
+    assert ((images[0, 0][ink].float() - 255*grey[ink]).abs() <= 0.51).all()
+    assert (images[0, 0][(grid[0].abs() > 1 + 1e-5).any(-1)] == 0).all()
+
+
+@quick
+@given(st.floats(2, 4), st.floats(0, 1))
+def test_height_in_pixels_tells_depth(depth, place):
+    "A box of 28/z px covers that many pixel centres, give or take one."
+    extent = 28/depth
+    rows = interpolation_matrix(torch.tensor([place*(24 - extent)]), torch.tensor([extent]), 24)[0].sum(1)
+    assert torch.all((rows == 0) | ((rows - 1).abs() < 1e-5))
+    assert abs(int(rows.round().sum()) - extent) <= 1
+
+
+def test_twice_the_size_is_the_same_scene():
+    glyphs, labels, depth = torch.ones(1, 2, 8, 8), torch.tensor([[1, 2]]), torch.tensor([[2., 3.5]])
+    corner = torch.tensor([[[0., 0.], [12., 12.]]])
+    small, large = (render_scenes(glyphs, labels, depth, corner, (s, s))[1] for s in (24, 48))
+    assert torch.equal(large[:, ::2, ::2], small) and torch.equal(large[:, 1::2, 1::2], small)
+
+
+# --- scenes ---------------------------------------------------------------------------------------
+
+def test_class_depth_and_map_of_scenes_agree():
+    _, classes, metres, labels = draw_scenes(2000, "val", 7)
+    ink = classes < 10
+    assert ((metres == 5) == ~ink).all() # the wall, and only the wall, is at 5 m
+    assert metres[ink].min() >= 2 and metres[ink].max() <= 4
+    for c, z, label in zip(classes[:500], metres[:500], labels[:500]):
+        depths = z[c < 10].unique()
+        assert 1 <= len(depths) <= 2
+        assert (c[z == depths[0]] == label).all()
+        if len(depths) == 2: assert depths[1]/depths[0] >= 1.25 - 1e-6
+
+
+def test_scenes_show_only_digits_of_their_own_split(monkeypatch):
+    marks = {"train": 2, "val": 5, "test": 8}
+    monkeypatch.setattr(raptor.data, "digit_split", lambda s: (torch.ones(3, 8, 8), torch.full((3,), marks[s]), torch.arange(3)))
+    for s, mark in marks.items():
+        data = load_dataset("digit_scenes", s, "segmentation", limit=20)
+        assert set(data.targets["segmentation"].unique().tolist()) == {mark, 10} and set(data.labels.tolist()) == {mark}
+
+
+def test_scene_does_not_depend_on_limit_order_or_task():
+    few, many = load_dataset("digit_scenes", "test", "all", limit=20), load_dataset("digit_scenes", "test", "all", limit=1500)
+    for i in (0, 7, 19): assert same(few[i], many[i])
+    batch = many.get_batch([1499, 7, 7, 1024])
+    assert batch["index"].tolist() == [1499, 7, 7, 1024]
+    assert torch.equal(batch["image"][1], few[7]["image"]) and torch.equal(batch["target"]["depth"][2], few[7]["target"]["depth"])
+    depth = load_dataset("digit_scenes", "test", "depth", limit=20)
+    assert torch.equal(depth[7]["target"], few[7]["target"]["depth"]) and torch.equal(depth[7]["image"], few[7]["image"])
+
+
+def test_seed_and_split_change_the_scenes():
+    a, b, c = (load_dataset("digit_scenes", s, limit=50, seed=n).images for s, n in (("val", 0), ("val", 1), ("test", 0)))
+    assert not torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_epochs_draw_new_scenes_only_in_training():
+    fixed, fresh = load_dataset("digit_scenes", "train", limit=40, train_transform=False), load_dataset("digit_scenes", "train", limit=40)
+    first = fixed.images
+    assert torch.equal(fresh.images, first) # epoch 0 is the fixed set
+    fixed.set_epoch(3); fresh.set_epoch(3)
+    assert torch.equal(fixed.images, first)
+    third = fresh.images
+    assert (third.flatten(1) != first.flatten(1)).any(1).all()
+    fresh.set_epoch(0); fresh.set_epoch(3)
+    assert torch.equal(fresh.images, third)
+
+
+def test_default_sizes_and_attributes():
+    sizes = {s: len(load_dataset("digit_scenes", s)) for s in ("train", "val", "test")}
+    assert sizes == {"train": 8192, "val": 1024, "test": 2048}
+    classes = {t: load_dataset("digit_scenes", "val", t).num_classes for t in ("classification", "segmentation", "depth")}
+    assert classes == {"classification": 10, "segmentation": 11, "depth": None}
+    data = load_dataset("digit_scenes", "val", "segmentation")
+    assert data.class_names == (*"0123456789", "wall") and data.eval_crop is None and data.size == (24, 24)
+
+
+# --- items, batches, workers ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("task", ["classification", "segmentation", "depth", "all"])
+def test_batches_and_workers_give_the_items(task):
+    data = load_dataset("digit_scenes", "train", task, limit=24)
+    data.set_epoch(2)
+    whole = data.get_batch(range(24))
+    for batch in DataLoader(data, batch_size=8, num_workers=2):
+        assert same(batch, data.get_batch(batch["index"]))
+    item = data[5]
+    assert item["index"] == 5 and torch.equal(item["image"], whole["image"][5])
+
+
+def test_index_counts_from_the_end_and_stops():
+    data = load_dataset("digits", "val")
+    assert same(data[-1], data[len(data) - 1])
+    with pytest.raises(IndexError): data[len(data)]
+    with pytest.raises(IndexError): data.get_batch([0, -len(data) - 1])
+    assert sum(1 for _ in load_dataset("digits", "val", limit=5)) == 5
+
+
+@quick
+@given(st.integers(-3, 3), st.integers(-3, 3), st.booleans(), st.integers(1, 3))
+def test_shifted_crop_agrees_with_numpy(dy, dx, flip, channels):
+    x = torch.randint(0, 256, (2, channels, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    got = shifted_crop(x, torch.tensor([[dy, dx], [0, 0]]), torch.tensor([flip, False]), 3)
+    window = np.pad(x[0].numpy(), ((0, 0), (3, 3), (3, 3)))[:, 3 + dy:9 + dy, 3 + dx:8 + dx]
+    assert np.array_equal(got[0].numpy(), window[:, :, ::-1] if flip else window)
+    assert torch.equal(got[1], x[1])
+
+
+@quick
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 5))
+def test_limited_subsets_are_nested_and_sorted(n, limit, seed):
+    kept = limited(n, spec(limit=limit, seed=seed))
+    assert len(kept) == min(n, limit) == len(set(kept)) and (np.diff(kept) > 0).all()
+    assert set(kept) <= set(limited(n, spec(limit=limit + 1, seed=seed))) <= set(range(n))
+
+
+def test_random_rows_do_not_depend_on_how_many_are_drawn():
+    assert np.array_equal(random_table(("x", 1), 7, 3), random_table(("x", 1), 1000, 3)[:7])
+    assert not np.array_equal(random_table(("x", 1), 7, 3), random_table(("x", 2), 7, 3))
+
+
+def test_normalisation_and_size_can_be_set():
+    own = load_dataset("digits", "val", mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0), size=(24, 48))
+    image = own[0]["image"]
+    assert image.shape == (3, 24, 48)
+    grey = own.images[0, 0].float()/255
+    for channel, std in zip(image, (0.5, 0.25, 1.0)): assert torch.allclose(channel, (grey - 0.5)/std, atol=1e-5)
+    resized = normalise(torch.full((1, 1, 4, 4), 51, dtype=torch.uint8), (0,)*3, (1,)*3, (8, 6))
+    assert resized.shape == (1, 3, 8, 6) and torch.allclose(resized, torch.tensor(0.2))
+
+
+# --- fingerprints ---------------------------------------------------------------------------------
+
+def test_fingerprint_follows_what_decides_the_pixels():
+    base = dict(name="digit_scenes", split="train", limit=10)
+    variants = [{}, {"split": "val", "train_transform": True}, {"size": 48}, {"limit": 11}, {"seed": 1}, {"train_transform": False}, {"mean": (0, 0, 0)}, {"name": "digits"}]
+    prints = [load_dataset(**{**base, **v}).fingerprint for v in variants]
+    assert len(set(prints)) == len(variants)
+    assert load_dataset(**base, task="depth").fingerprint == prints[0]
+    assert load_dataset(**base, root="/elsewhere").fingerprint == prints[0]
+
+
+def test_fingerprint_does_not_change_between_processes():
+    code = "from raptor.data import load_dataset; print(load_dataset('digit_scenes', 'val', limit=9, seed=3).fingerprint)"
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert there == load_dataset("digit_scenes", "val", "all", limit=9, seed=3).fingerprint
+
+
+def test_digits_need_neither_torchvision_nor_pillow():
+    code = ("import sys; sys.modules['torchvision'] = sys.modules['PIL'] = None\n"
+        "from raptor.data import load_dataset; print(load_dataset('digit_scenes', 'val')[0]['image'].shape[0])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "3"
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments, said", [
+    (dict(name="digit_scene", split="train"), "digit_scenes"),
+    (dict(name="digits:x", split="train"), "digits"),
+    (dict(name="folder", split="train"), "folder:PATH"),
+    (dict(name="digits", split="valid"), "'val'"),
+    (dict(name="nyuv2", split="test", task="depth"), "split of nyuv2"),
+    (dict(name="digits", split="val", task="depth"), "it has classification."),
+    (dict(name="nyuv2", split="val"), "it has depth."),
+    (dict(name="cifar10", split="val", task="all"), "it has classification."),
+    (dict(name="digits", split="val", limit=0), "limit=0"),
+    (dict(name="digits", split="val", size=0), "size="),
+    (dict(name="digits", split="val", size=(3, 4, 5)), "size="),
+    (dict(name="digits", split="val", on_error="ignore"), "on_error"),
+])
+def test_wrong_requests_are_told(arguments, said):
+    with pytest.raises(RaptorError, match=said.replace(".", r"\.")) as e: load_dataset(**arguments)
+    assert "\n" not in str(e.value)
