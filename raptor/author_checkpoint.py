@@ -6,8 +6,9 @@
 __all__ = ['MAX_PICKLE', 'STORAGES', 'KNOWN_CLASSES', 'LAYERS', 'StandIn', 'ToolessUnpickler', 'read_pickle', 'flatten',
            'translate_block', 'author_blocks']
 
-# %% ../nbs/04c_author_checkpoint.ipynb #d0f947ac
+# %% ../nbs/04c_author_checkpoint.ipynb #bb89da0d
 import io, math, os, pickle, pickletools, re, sys, zipfile
+from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from .block import MAX_DEPTH, SCALING_WIDTH
 from .core import RaptorError
 
-# %% ../nbs/04c_author_checkpoint.ipynb #0d8d1e3f
+# %% ../nbs/04c_author_checkpoint.ipynb #191c3abf
 MAX_PICKLE = 2**26 # bytes of data.pkl: module structure only, the numbers are elsewhere
 
 STORAGES = {f"{name}Storage": dtype for name, dtype in dict(Float=torch.float32, Double=torch.float64, Half=torch.float16, BFloat16=torch.bfloat16,
@@ -34,11 +35,11 @@ class StandIn:
     "Takes the place of a pickled object: keeps its attributes and does nothing."
     def __init__(self, *args): pass
 
-def _short(text): return re.sub(r"[^\w.<>:=()' -]", "?", str(text)[:100]) # a name from the file, fit for a sentence
+def _short(text): return re.sub(r"[^\w.,<>:=()' -]", "?", str(text)[:100]) # a name from the file, fit for a sentence
 
 def _stand_in(module, name): return type(name, (StandIn,), {"origin": f"{module}.{name}"})
 
-# %% ../nbs/04c_author_checkpoint.ipynb #1d986015
+# %% ../nbs/04c_author_checkpoint.ipynb #8c7bef08
 class ToolessUnpickler(pickle.Unpickler):
     "Runs a pickle in which every global is inert; raises `RaptorError` naming any other."
     def __init__(self, data, storage=None, classes=()):
@@ -46,7 +47,7 @@ class ToolessUnpickler(pickle.Unpickler):
         self.storage, self.named = storage, frozenset(classes)
 
     def find_class(self, module, name):
-        module = "builtins" if module == "__builtin__" else module # as Python 2 called it, and torch.save still does
+        module = IMPORT_MAPPING.get(module, module) # torch.save still writes Python 2's names, such as __builtin__
         known = {("collections", "OrderedDict"): OrderedDict, ("builtins", "set"): set, ("torch", "Size"): tuple,
             ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor, ("torch._utils", "_rebuild_parameter"): self.rebuild_parameter}
         if (module, name) in known: return known[module, name]
@@ -149,7 +150,7 @@ def _children(value):
     own = [(key, child) for group in inside if isinstance(group, dict) for key, child in group.items() if key not in hidden]
     return own + [(key, child) for key, child in vars(value).items() if not str(key).startswith("_")]
 
-# %% ../nbs/04c_author_checkpoint.ipynb #94899e2c
+# %% ../nbs/04c_author_checkpoint.ipynb #24cf9acf
 def _pair(names):
     "Two names in order: by the number that they end in, if both do, else as they come."
     digit = [re.search(r"(\d+)(\.gamma|\.weight|\.scale)?$", name) for name in names]
@@ -169,15 +170,17 @@ def _roles(tensors, dim):
 
 def _linear(tensors, module, rows):
     "Weight and bias of a linear layer or norm; a missing bias is zero. Takes them out of `tensors`."
+    if f"{module}.weight" not in tensors: raise RaptorError(f"a block has no {_short(module)}.weight.")
     weight = tensors.pop(f"{module}.weight")
     bias = tensors.pop(f"{module}.bias", None)
     return weight, torch.zeros(rows, dtype=weight.dtype) if bias is None else bias
 
-# %% ../nbs/04c_author_checkpoint.ipynb #2611ff01
+# %% ../nbs/04c_author_checkpoint.ipynb #80d0334b
 def _mlp(tensors, modules, dim):
     "The MLP: its kind, its width, and (first weight, bias), (second weight, bias)."
     if len(modules) == 3: # separate gate: one matrix of it above the other
         gates = sorted(modules[:2], key=lambda name: "gate" not in name.lower())
+        if tensors[f"{gates[0]}.weight"].shape != tensors[f"{gates[1]}.weight"].shape: raise RaptorError(f"the matrices {_short(', '.join(modules))} make no MLP.")
         parts = [_linear(tensors, name, len(tensors[f"{name}.weight"])) for name in gates]
         first = tuple(torch.cat(both) for both in zip(*parts))
     elif len(modules) == 2: first = _linear(tensors, modules[0], len(tensors[f"{modules[0]}.weight"]))
@@ -194,6 +197,7 @@ def translate_block(
 ) -> tuple[dict, dict[str, Tensor]]: # sizes (dim, mlp, hidden, depth_scaling), and weights by our names
     "Find the parts of a recurrent block in another implementation's tensors; raises `RaptorError` if one is missing or left over."
     tensors = dict(tensors)
+    if odd := [name for name, value in tensors.items() if value.ndim not in (1, 2) or not value.is_floating_point()]: raise RaptorError(f"a block holds {_short(odd[0])} of {tensors[odd[0]].ndim} dimensions and type {tensors[odd[0]].dtype}, which is no weight.")
     attention = next(name for name in tensors if name.endswith("in_proj_weight")).removesuffix("in_proj_weight")
     dim = tensors[f"{attention}in_proj_weight"].shape[-1]
     roles = _roles(tensors, dim)

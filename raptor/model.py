@@ -274,7 +274,15 @@ def from_pretrained(cls,
 
 Raptor.from_pretrained = classmethod(from_pretrained)
 
-# %% ../nbs/05_model.ipynb #a3315a9e
+# %% ../nbs/05_model.ipynb #de10617c
+def _imported(sizes, weights, path):
+    "A block with the sizes and weights of somebody else's."
+    block = empty_block(block_config({**asdict(BlockConfig(1, 1)), **sizes}, path))
+    for name, value in block.state_dict().items():
+        if weights[name].shape != value.shape: raise RaptorError(f"the checkpoint {path} cannot be imported: its {name} has shape {tuple(weights[name].shape)}, where a block of width {sizes['dim']} has {tuple(value.shape)}.")
+    block.load_state_dict(weights, assign=True)
+    return block
+
 def import_author_checkpoint(
     path:str|Path, # a file of `torch.save`, whole module or state dict
     depth:int=12, # L: the layers that the whole model stands for
@@ -285,11 +293,7 @@ def import_author_checkpoint(
     "Read a checkpoint of the authors' code without running the pickle; raises `RaptorError` for anything that is not one."
     check_count(depth, "depth", MAX_DEPTH)
     found, said = author_blocks(path, depth, num_heads=num_heads, **reading)
-    blocks = []
-    for sizes, weights in found:
-        block = empty_block(BlockConfig(**sizes))
-        block.load_state_dict(weights, assign=True)
-        blocks.append(block)
+    blocks = [_imported(sizes, weights, path) for sizes, weights in found]
     if ends is not None and said is not None and tuple(ends) != said: raise RaptorError(f"{path} says that its phases end at {said}, and ends={tuple(ends)} was given; leave it out.")
     ends = said if ends is None else tuple(ends)
     if ends is None and len(blocks) == 1: return blocks[0]

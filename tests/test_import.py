@@ -1,0 +1,299 @@
+"""Reading pickled modules without running them: the same trajectories as the module itself, and no way to run anything."""
+import io, os, pickle, struct, sys, zipfile
+
+import pytest, torch, torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from raptor.author_checkpoint import read_pickle
+from raptor.block import RecurrentBlock
+from raptor.core import RaptorError
+from raptor.model import Raptor, import_author_checkpoint
+from raptor.phases import Phases
+
+
+# --- modules laid out as research code usually does it ----------------------------------------------------------
+
+class LayerScale(nn.Module):
+    def __init__(self, dim): super().__init__(); self.gamma = nn.Parameter(torch.ones(dim))
+    def forward(self, x): return x*self.gamma
+
+class SwiGLUFFN(nn.Module):
+    def __init__(self, dim, hidden): super().__init__(); self.w12, self.w3 = nn.Linear(dim, 2*hidden), nn.Linear(hidden, dim)
+    def forward(self, x):
+        x1, x2 = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(x1)*x2)
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden): super().__init__(); self.fc1, self.act, self.drop, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(0.1), nn.Linear(hidden, dim)
+    def forward(self, x): return self.fc2(self.drop(self.act(self.fc1(x))))
+
+class Block(nn.Module):
+    def __init__(self, dim=8, heads=2, mlp=SwiGLUFFN, scaled=True, hidden=None, eps=1e-5):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
+        self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.ls1, self.mlp, self.ls2 = LayerScale(dim), mlp(dim, hidden or 4*dim), LayerScale(dim)
+        self.scaler = nn.Sequential(nn.Linear(1, 16), nn.SiLU(), nn.Linear(16, 3*dim)) if scaled else None
+    def forward(self, x, t):
+        a, b, c = (1 + self.scaler(torch.tensor([[float(t)]], dtype=x.dtype)))[:, None].chunk(3, -1) if self.scaler is not None else (1., 1., 1.)
+        y = self.norm1(x)
+        x = x + a*self.ls1(self.attn(y, y, y, need_weights=False)[0])
+        return c*(x + b*self.ls2(self.mlp(self.norm2(x))))
+
+class RaptorModel(nn.Module):
+    def __init__(self, blocks, **attributes):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        for name, value in attributes.items(): setattr(self, name, value)
+
+
+class Stack(RaptorModel): pass
+
+
+def awake(module):
+    g = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for p in module.parameters(): p.copy_(torch.randn(p.shape, generator=g)*0.3)
+    return module.eval()
+
+def saved(value, tmp_path, **how):
+    path = tmp_path/"checkpoint.pt"
+    torch.save(value, path, **how)
+    return path
+
+def compare(ours, blocks, ends):
+    "The same states at every layer, in float64, so that the tolerance is one of meaning and not of rounding."
+    x = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): torch.testing.assert_close(ours.double().rollout(x, 0, ends[-1]), run([b.double() for b in blocks], ends, x), atol=1e-6, rtol=1e-9)
+
+def run(blocks, ends, x):
+    states, start = [x], 0
+    for block, end in zip(blocks, ends):
+        for t in range(start + 1, end + 1): states.append(block(states[-1], t))
+        start = end
+    return torch.stack(states, 1)
+
+
+# --- the same trajectories --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("arguments", [{}, dict(mlp=Mlp), dict(scaled=False), dict(hidden=13)])
+def test_a_pickled_block_becomes_the_same_block(tmp_path, arguments, protocol):
+    block = awake(Block(**arguments))
+    ours = import_author_checkpoint(saved(block, tmp_path, pickle_protocol=protocol))
+    assert isinstance(ours, RecurrentBlock) and ours.config.num_heads == 2
+    compare(ours, [block], [5])
+
+
+@pytest.mark.parametrize("attributes,ends", [(dict(ends=[2, 5]), None), (dict(phase_ends=(0, 2, 5)), None), (dict(counts=[2, 3]), None), (dict(n_iters=(2, 3), layer_ends=[2, 5]), None), ({}, (2, 5)), (dict(ends=[2, 5]), (2, 5))])
+def test_a_pickled_model_becomes_the_same_raptor(tmp_path, attributes, ends):
+    model = awake(RaptorModel([Block(), Block(mlp=Mlp, heads=4)], **attributes))
+    ours = import_author_checkpoint(saved(model, tmp_path), depth=5, ends=ends)
+    assert isinstance(ours, Raptor) and ours.phases == Phases((2, 5))
+    ours.save_pretrained(tmp_path/"again")
+    again = Raptor.from_pretrained(tmp_path/"again")
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), ours.parameters()))
+    compare(ours, model.blocks, [2, 5])
+
+
+def test_state_dicts_and_training_checkpoints(tmp_path):
+    model = awake(RaptorModel([Block(), Block()]))
+    expected = import_author_checkpoint(saved(model, tmp_path), depth=5, ends=(2, 5)).state_dict()
+    for value, more in ((model.state_dict(), {}), ({"epoch": 3, "model": model.state_dict()}, {}), ({"_orig_mod." + k: v for k, v in model.state_dict().items()}, {}),
+        ({"model": model.state_dict(), "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}, dict(ignore=("optimizer",)))):
+        ours = import_author_checkpoint(saved(value, tmp_path), depth=5, ends=(2, 5), num_heads=2, **more).state_dict()
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_a_class_named_by_the_caller_and_weights_that_share_a_storage(tmp_path):
+    model = awake(Stack([Block(), Block()], ends=[1, 2]))
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    offset = 0
+    for p in model.parameters(): p.data = flat[offset:offset + p.numel()].view(p.shape); offset += p.numel()
+    path = saved(model, tmp_path)
+    with pytest.raises(RaptorError, match=r"asks for [\w.]*test_import.Stack"): import_author_checkpoint(path, depth=2)
+    ours = import_author_checkpoint(path, depth=2, classes=("Stack",))
+    ours.save_pretrained(tmp_path/"again") # its weights no longer share one
+    compare(ours, model.blocks, [1, 2])
+
+
+class SeparateGate(nn.Module):
+    def __init__(self, dim, hidden): super().__init__(); self.up_proj, self.gate_proj, self.down_proj = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+    def forward(self, x): return self.down_proj(F.silu(self.gate_proj(x))*self.up_proj(x))
+
+class Renamed(nn.Module):
+    "Norms defined in the other order, LayerScale as bare parameters, no biases in the MLP's gate."
+    def __init__(self, dim=8):
+        super().__init__()
+        self.gamma_2, self.gamma_1 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self.ln_2, self.ln_1 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.core, self.ffn = nn.ModuleDict({"mha": nn.MultiheadAttention(dim, 2, batch_first=True)}), SeparateGate(dim, 12)
+        self.ffn.gate_proj.bias = self.ffn.up_proj.bias = None
+    def forward(self, x, t):
+        y = self.ln_1(x)
+        x = x + self.gamma_1*self.core["mha"](y, y, y)[0]
+        return x + self.gamma_2*self.ffn(self.ln_2(x))
+
+
+def test_other_names_and_another_layout(tmp_path):
+    block = awake(Renamed())
+    ours = import_author_checkpoint(saved(block, tmp_path), classes=("Renamed", "SeparateGate"))
+    assert (ours.config.mlp, ours.config.hidden, ours.config.depth_scaling) == ("swiglu", 12, False)
+    compare(ours, [block], [3])
+
+
+# --- what is not recognised is said -----------------------------------------------------------------------------
+
+def changed(change, **arguments):
+    block = Block(**arguments); change(block); return block
+
+@pytest.mark.parametrize("make,sentence", [
+    (lambda: Block(eps=1e-6), "eps=1e-06"), (lambda: changed(lambda b: setattr(b, "router", nn.Linear(8, 3))), "make no MLP"),
+    (lambda: changed(lambda b: b.register_parameter("query", nn.Parameter(torch.ones(3)))), "query, for which"), (lambda: changed(lambda b: setattr(b, "norm3", nn.LayerNorm(8))), "3 tensors that look like norm"),
+    (lambda: changed(lambda b: delattr(b, "norm2")), "1 tensors that look like norm"), (lambda: changed(lambda b: setattr(b.scaler, "0", nn.Linear(1, 32)) or setattr(b.scaler, "2", nn.Linear(32, 24))), "cannot be imported"),
+    (lambda: changed(lambda b: setattr(b.mlp, "act", nn.GELU("tanh")), mlp=Mlp), "approximate=tanh"), (lambda: changed(lambda b: setattr(b, "attn", nn.MultiheadAttention(8, 2, add_zero_attn=True))), "add_zero_attn=True"),
+    (lambda: changed(lambda b: setattr(b, "attn", nn.MultiheadAttention(8, 2, add_bias_kv=True))), "bias_k, attn.bias_v|attn.bias_k"), (lambda: changed(lambda b: setattr(b.mlp, "act", nn.ReLU()), mlp=Mlp), "activation.ReLU"),
+    (lambda: changed(lambda b: setattr(b, "norm1", nn.RMSNorm(8))), "RMSNorm"), (lambda: {"a": torch.ones(2)}, "no multi-head attention"), (lambda: 3, "no multi-head attention"),
+    (lambda: RaptorModel([Block(), Block()]), "does not say where their phases end"), (lambda: RaptorModel([Block(), Block()], ends=[2, 24]), r"\(2, 24\), which does not close with depth=12"),
+    (lambda: RaptorModel([Block(), Block()], norm=nn.LayerNorm(8)), "norm.weight, norm.bias outside its blocks"), (lambda: RaptorModel([Block() for _ in range(13)]), "at most 12"),
+    (lambda: Block().state_dict(), "pass num_heads="), (lambda: {"x.attn.in_proj_weight": torch.ones(24, 8)}, "num_heads")])
+def test_what_is_no_recurrent_block_is_refused_in_one_sentence(tmp_path, make, sentence):
+    with pytest.raises(RaptorError, match=sentence) as e: import_author_checkpoint(saved(make(), tmp_path))
+    assert "\n" not in str(e.value) and len(str(e.value)) < 600
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_state_dict_of_any_shapes_gives_a_block_or_a_sentence(tmp_path_factory, data):
+    state = Block().state_dict()
+    for name in data.draw(st.lists(st.sampled_from(sorted(state)), min_size=1, max_size=3)):
+        shape = data.draw(st.lists(st.sampled_from([0, 1, 2, 8, 16, 24, 32]), max_size=3))
+        if data.draw(st.booleans()): state.pop(name, None)
+        else: state[name] = torch.zeros(shape, dtype=data.draw(st.sampled_from([torch.float32, torch.float16, torch.int64])))
+    try: import_author_checkpoint(saved(state, tmp_path_factory.mktemp("state")), num_heads=2)
+    except RaptorError as e: assert "\n" not in str(e)
+
+
+def test_contradictions_are_refused(tmp_path):
+    path = saved(RaptorModel([Block(), Block()], ends=[2, 12]), tmp_path)
+    with pytest.raises(RaptorError, match=r"end at \(2, 12\), and ends=\(3, 12\)"): import_author_checkpoint(path, ends=(3, 12))
+    with pytest.raises(RaptorError, match="num_heads=2, and 4 was given"): import_author_checkpoint(path, num_heads=4)
+    with pytest.raises(RaptorError, match="2 blocks were given for 3"): import_author_checkpoint(saved(RaptorModel([Block(), Block()]), tmp_path), ends=(1, 2, 12))
+    with pytest.raises(RaptorError, match="does not say"): import_author_checkpoint(saved(RaptorModel([Block(), Block()], ends=[2, 12], splits=[3, 12]), tmp_path))
+    with pytest.raises(RaptorError, match="not a multiple of num_heads"): import_author_checkpoint(saved(Block().state_dict(), tmp_path), num_heads=3)
+
+
+# --- nothing runs -----------------------------------------------------------------------------------------------
+
+class Calls:
+    "Pickles to a call."
+    def __init__(self, function, *arguments): self.call = function, arguments
+    def __reduce__(self): return self.call
+
+def attacks(flag):
+    write = f"open({str(flag)!r}, 'w').write('x')"
+    import builtins, importlib, operator, runpy, subprocess
+    return {"posix.system|nt.system": Calls(os.system, f"touch '{flag}'"), "builtins.eval": Calls(eval, write), "builtins.exec": Calls(exec, write), "io.open|builtins.open|_io.open": Calls(open, str(flag), "w"),
+        "builtins.getattr": Calls(getattr, Calls(importlib.import_module, "os"), "system"), "subprocess.Popen": Calls(subprocess.Popen, ["touch", str(flag)]), "importlib.import_module": Calls(importlib.import_module, "this"),
+        "operator.methodcaller": Calls(operator.methodcaller, "x"), "torch.storage._load_from_bytes": Calls(torch.storage._load_from_bytes, b""), "torch.serialization.load": Calls(torch.load, "x"), "torch.hub.load": Calls(torch.hub.load, "x", "y"),
+        "torch.jit._serialization.load": Calls(torch.jit.load, "x"), "builtins.__import__": Calls(builtins.__import__, "this"), "runpy._run_code|runpy.run_path": Calls(runpy.run_path, "x"), "torch._utils._rebuild_wrapper_subclass": Calls(torch._utils._rebuild_wrapper_subclass)}
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("where", ["bare", "zip", "inside a module"])
+def test_no_call_is_run_and_its_name_is_said(tmp_path, where, protocol):
+    flag = tmp_path/"ran"
+    for name, attack in attacks(flag).items():
+        path = tmp_path/"bad.pt"
+        if where == "bare": path.write_bytes(pickle.dumps({"x": attack}, protocol=protocol))
+        elif protocol == 0: pytest.skip("torch.save writes binary pickles")
+        else: torch.save({"x": attack} if where == "zip" else changed(lambda b: setattr(b, "note", attack)), path, pickle_protocol=protocol)
+        first = name if name != "builtins.getattr" else "builtins.getattr|importlib.import_module"
+        with pytest.raises(RaptorError, match=f"asks for ({first.replace('.', '[.]')}),") as e: import_author_checkpoint(path)
+        assert not flag.exists() and "\n" not in str(e.value)
+
+
+def test_a_class_that_is_let_in_by_name_is_still_inert(tmp_path):
+    flag = tmp_path/"ran"
+    path = saved(changed(lambda b: setattr(b, "note", Calls(os.system, f"touch '{flag}'"))), tmp_path)
+    assert isinstance(import_author_checkpoint(path, classes=("system",)), RecurrentBlock) and not flag.exists()
+
+
+def archive(tmp_path, data, records=(("byteorder", b"little"),), compression=zipfile.ZIP_STORED):
+    path = tmp_path/"made.pt"
+    with zipfile.ZipFile(path, "w", compression) as z:
+        if data is not None: z.writestr("a/data.pkl", data)
+        for name, content in records: z.writestr(f"a/{name}", content)
+    return path
+
+def program(*ops): return b"\x80\x02" + b"".join(ops) + b"."
+GLOBAL = lambda module, name: f"c{module}\n{name}\n".encode()
+STORAGE = lambda count, kind="FloatStorage", key="0": b"(" + b"X\x07\0\0\0storage" + GLOBAL("torch", kind) + b"X" + struct.pack("<I", len(key)) + key.encode() + b"X\x03\0\0\0cpu" + b"\x8a\x08" + struct.pack("<q", count) + b"tQ"
+NUMBER = lambda n: b"\x8a\x08" + struct.pack("<q", n)
+def tensor(storage, offset, size, stride):
+    return GLOBAL("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + NUMBER(offset) + b"(" + b"".join(map(NUMBER, size)) + b"t" + b"(" + b"".join(map(NUMBER, stride)) + b"t" + b"\x89" + b"}" + b"tR"
+FOUR = (("byteorder", b"little"), ("data/0", struct.pack("<4f", 1, 2, 3, 4)))
+
+def test_a_tensor_made_by_hand_is_read(tmp_path):
+    assert read_pickle(archive(tmp_path, program(tensor(STORAGE(4), 1, (3,), (1,))), FOUR)).tolist() == [2, 3, 4]
+    assert read_pickle(archive(tmp_path, program(tensor(STORAGE(4), 0, (2, 2), (1, 2))), FOUR[1:])).tolist() == [[1, 3], [2, 4]] # without a byte order, as older files
+
+@pytest.mark.parametrize("data,records", [
+    (program(tensor(STORAGE(5), 0, (4,), (1,))), FOUR), (program(tensor(STORAGE(2**40), 0, (4,), (1,))), FOUR), (program(tensor(STORAGE(-1), 0, (4,), (1,))), FOUR), (program(tensor(STORAGE(4), 1, (4,), (1,))), FOUR),
+    (program(tensor(STORAGE(4), 0, (10**9,), (0,))), FOUR), (program(tensor(STORAGE(4), -1, (2,), (1,))), FOUR), (program(tensor(STORAGE(4), 0, (2,), (-1,))), FOUR), (program(tensor(STORAGE(4), 0, (2,), (2**62,))), FOUR),
+    (program(tensor(STORAGE(4), 0, (2, 2), (1,))), FOUR), (program(tensor(STORAGE(4, key="../0"), 0, (2,), (1,))), FOUR), (program(tensor(STORAGE(4, key="7"), 0, (2,), (1,))), FOUR), (program(tensor(b"N", 0, (2,), (1,))), FOUR),
+    (program(GLOBAL("torch", "float32") + b")R"), FOUR), (program(b"K\x01Q"), FOUR), (program(b"}r\xff\xff\xff\xff"), FOUR), (b"\x80\x05\x96" + struct.pack("<Q", 2**60) + b".", FOUR), (b"\x80\x05\x8e" + struct.pack("<Q", 2**60) + b".", FOUR),
+    (program(b"h\x07"), FOUR), (b"", FOUR), (b"\x80\x02", FOUR), (b"\xff"*50, FOUR), (program(b"}"), (("byteorder", b"big"),)), (None, FOUR), (program(GLOBAL("__main__", "Block") + b")\x81N\x85b"), FOUR),
+    (program(b"]q\0h\0a" + b"h\0a"*100), FOUR), (program(b"]q\0" + b"".join(b"]q" + bytes([i + 1]) + b"(h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60)) + b"h\x3c"), FOUR)])
+def test_false_archives_are_refused_in_one_sentence(tmp_path, data, records):
+    with pytest.raises(RaptorError, match="cannot be imported") as e: import_author_checkpoint(archive(tmp_path, data, records))
+    assert "\n" not in str(e.value) and len(str(e.value)) < 600
+
+
+def test_compressed_records_are_refused(tmp_path):
+    bomb = (("byteorder", b"little"), ("data/0", bytes(2**24)))
+    with pytest.raises(RaptorError, match="compressed"): read_pickle(archive(tmp_path, program(tensor(STORAGE(4), 0, (2,), (1,))), bomb, zipfile.ZIP_DEFLATED))
+
+
+def test_attributes_of_real_things_cannot_be_set(tmp_path):
+    "BUILD with a state for slots calls setattr on whatever is on the stack; nothing of torch or Python is ever there."
+    slots = b"N}X\x01\0\0\0xK\x01s\x86b"
+    for module, name in (("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict"), ("torch", "FloatStorage"), ("torch", "Size"), ("torch.nn.modules.linear", "Linear"), ("builtins", "set")):
+        try: read_pickle(archive(tmp_path, program(GLOBAL(module, name) + slots), FOUR))
+        except RaptorError: pass
+    assert not any(hasattr(thing, "x") for thing in (torch._utils._rebuild_tensor_v2, torch.FloatStorage, torch.float32, torch.Size, nn.Linear, tuple, set))
+
+
+def test_other_files_are_refused(tmp_path):
+    path = saved(Block(), tmp_path, _use_new_zipfile_serialization=False)
+    with pytest.raises(RaptorError, match="no zip archive"): import_author_checkpoint(path)
+    with pytest.raises(RaptorError, match="does not exist"): import_author_checkpoint(tmp_path/"nowhere.pt")
+    path = saved(Block(), tmp_path)
+    whole = path.read_bytes()
+    for cut in (1, 30, 4000, len(whole) - 10, len(whole) - 4000):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(RaptorError, match="cannot be imported"): import_author_checkpoint(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=4))
+def test_flipped_bytes_give_a_block_or_a_sentence(tmp_path_factory, flips):
+    "Mutations inside data.pkl, with the archive's checksum renewed: the unpickler itself is tried, not the checksum."
+    buffer = io.BytesIO(); torch.save(Block(), buffer)
+    with zipfile.ZipFile(buffer) as z: records = {i.filename.split("/", 1)[1]: z.read(i) for i in z.infolist()}
+    data = bytearray(records.pop("data.pkl"))
+    for position, flip in flips: data[position % len(data)] ^= flip
+    path = archive(tmp_path_factory.mktemp("flip"), bytes(data), tuple(records.items()))
+    try: import_author_checkpoint(path)
+    except RaptorError as e: assert "\n" not in str(e)
+
+
+def test_importing_never_imports(tmp_path):
+    "No module of the file is imported, even one that is there."
+    (tmp_path/"innocent_layers.py").write_text("raise SystemExit('imported')")
+    data = program(GLOBAL("innocent_layers", "Block") + b")\x81}b")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with pytest.raises(RaptorError, match="no multi-head attention"): import_author_checkpoint(archive(tmp_path, data))
+        assert "innocent_layers" not in sys.modules
+    finally: sys.path.remove(str(tmp_path))
