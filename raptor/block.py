@@ -104,27 +104,27 @@ class DepthScaling(nn.Module):
             scales = 1 + self.fc2(F.silu(self.fc1(t.to(self.fc1.weight.dtype)[:, None])))
         return scales[:, None].chunk(3, dim=-1)
 
-# %% ../nbs/04b_block.ipynb #3395bc26
+# %% ../nbs/04b_block.ipynb #3fa40067
 class Recurrence(nn.Module):
     "A map (state, depth) -> next state, and what follows from it; a subclass gives `step` and `check_span`."
-    def advance(self,
-        state:Tensor, # (B, N, D) state `start`
-        start:int=0, # index of that state
-        end:int|None=None, # index of the state that is wanted; None: the last one
-    ) -> Tensor: # (B, N, D) state `end`
-        "Apply the map end - start times."
-        for t in range(start + 1, self.check_span(start, end) + 1): state = self.step(state, t)
-        return state
-
-    def rollout(self,
+    def states(self,
         state:Tensor, # (B, N, D) state `start`
         start:int=0, # index of that state
         end:int|None=None, # index of the last state; None: the last one there is
-    ) -> Tensor: # (B, end-start+1, N, D) states start..end, the given one first
-        "Apply the map end - start times, keeping every state (method, autoregression)."
-        states = [state]
-        for t in range(start + 1, self.check_span(start, end) + 1): states.append(self.step(states[-1], t))
-        return torch.stack(states, dim=1)
+    ): # iterator of Tensors (B, N, D): states start+1..end
+        "Apply the map end - start times, one state after another."
+        for t in range(start + 1, self.check_span(start, end) + 1):
+            state = self.step(state, t)
+            yield state
+
+    def advance(self, state:Tensor, start:int=0, end:int|None=None) -> Tensor:
+        "State `end` (B, N, D) from state `start`; the states between are not kept."
+        for state in self.states(state, start, end): pass
+        return state
+
+    def rollout(self, state:Tensor, start:int=0, end:int|None=None) -> Tensor:
+        "States start..end (B, end-start+1, N, D), the given one first (method, autoregression)."
+        return torch.stack([state, *self.states(state, start, end)], dim=1)
 
 # %% ../nbs/04b_block.ipynb #dd712e8b
 class RecurrentBlock(Recurrence):

@@ -93,7 +93,7 @@ def predict_next(self:Raptor,
 
 Raptor.predict_next = predict_next
 
-# %% ../nbs/05_model.ipynb #4ed9e65f
+# %% ../nbs/05_model.ipynb #4bd58a06
 class RaptorBackbone(nn.Module):
     "A Raptor between its teacher's embedding and final norm; raises `RaptorError` if the two have different depth or width."
     def __init__(self,
@@ -114,6 +114,10 @@ class RaptorBackbone(nn.Module):
         "From state `start` to state `end`, by the recurrent blocks."
         return self.raptor.advance(state, start, end)
 
+    def states(self, state:Tensor, start:int=0, end:int|None=None):
+        "States start+1..end, one after another."
+        return self.raptor.states(state, start, end)
+
     def trajectory(self, images:Tensor, start:int=0, end:int|None=None) -> Tensor:
         "States start..end of the Raptor's own run from state 0, (B, end-start+1, N, D)."
         self.raptor.check_span(start, end)
@@ -131,10 +135,10 @@ class RaptorBackbone(nn.Module):
     def patches(self, state:Tensor) -> Tensor: return self.backbone.patches(state)
     def forward(self, images:Tensor) -> Tensor: return self.features(images)
 
-# %% ../nbs/05_model.ipynb #7c93624c
+# %% ../nbs/05_model.ipynb #4eca5060
 def _teachers(name): return property(lambda self: getattr(self.backbone, name), doc=f"The teacher's `{name}`.")
 
-for _name in ("depth", "dim", "num_heads", "num_prefix", "num_registers", "has_cls", "grid", "img_size", "mean", "std"):
+for _name in ("depth", "dim", "num_heads", "num_prefix", "num_registers", "num_tokens", "has_cls", "grid", "img_size", "mean", "std"):
     setattr(RaptorBackbone, _name, _teachers(_name))
 for _name, _ours in (("num_features", "dim"), ("embed_dim", "dim"), ("num_prefix_tokens", "num_prefix")):
     setattr(RaptorBackbone, _name, _teachers(_ours))

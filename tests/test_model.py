@@ -208,6 +208,7 @@ def test_student_answers_as_its_teacher_does(student):
     states = student.raptor.rollout(student.embed(images))
     torch.testing.assert_close(student.trajectory(images), states)
     torch.testing.assert_close(student.trajectory(images, 1, 3), states[:, 1:4])
+    torch.testing.assert_close(torch.stack(list(student.states(states[:, 1], 1, 3)), 1), states[:, 2:4])
     torch.testing.assert_close(student.features(images), states[:, 4] + 1)
     torch.testing.assert_close(student(images), student.forward_features(images))
     assert torch.equal(student.cls(states[:, 4]), states[:, 4, 0]) and torch.equal(student.patches(states[:, 4]), states[:, 4, 2:])
@@ -250,6 +251,18 @@ def test_fingerprint_of_a_student_follows_its_weights(student):
     assert student.fingerprint == before
     with torch.no_grad(): student.raptor.blocks[1].gamma2[3] += 1e-3
     assert student.fingerprint != before
+
+
+def test_a_student_of_a_real_backbone_has_what_the_backbone_has():
+    backbone = pytest.importorskip("raptor.backbone").Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
+    student = RaptorBackbone(backbone, Raptor.create(Phases((2, 6)), backbone.dim, backbone.num_heads))
+    for name in ("depth", "dim", "num_heads", "num_prefix", "num_registers", "num_tokens", "has_cls", "grid", "img_size", "mean", "std"): assert getattr(student, name) == getattr(backbone, name)
+    images = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        for block in student.raptor.blocks: block.gamma1.zero_(); block.gamma2.zero_(); block.scaling.fc2.weight.zero_(); block.scaling.fc2.bias.zero_()
+        torch.testing.assert_close(student.features(images), backbone.norm(backbone.embed(images))) # blocks that do nothing
+        assert torch.equal(student.trajectory(images)[:, 0], backbone.embed(images))
+    assert not any(p.requires_grad for p in student.backbone.parameters()) and all(p.requires_grad for p in student.raptor.parameters())
 
 
 def test_a_student_of_another_teacher_is_refused():
