@@ -193,12 +193,12 @@ class Freezable(nn.Module):
         "Training mode for an unfrozen module; a frozen one stays in evaluation mode."
         return super().train(mode and not self.frozen)
 
-# %% ../nbs/02_backbone.ipynb #a302e4bb
+# %% ../nbs/02_backbone.ipynb #9ebda068
 class TokenShape:
     "What a model says about its states: read from `self.model`, never written down."
     depth = property(lambda self: len(self.model.blocks), doc="L, the number of layers")
     dim = property(lambda self: self.model.embed_dim, doc="D, the width of a token")
-    num_heads = property(lambda self: self.model.blocks[0].attn.num_heads, doc="attention heads of a block")
+    num_heads = property(lambda self: next(m.num_heads for m in self.model.blocks.modules() if hasattr(m, "num_heads")), doc="attention heads of a block")
     has_cls = property(lambda self: self.model.cls_token is not None, doc="whether token 0 is a class token")
     num_prefix = property(lambda self: self.model.num_prefix_tokens, doc="class token and registers together")
     num_registers = property(lambda self: self.num_prefix - self.has_cls, doc="tokens between the class token and the patches")
@@ -227,7 +227,7 @@ def _rotary(model, layers):
     table = model.rope.get_embed() if fixed else model.rope.get_embed(shape=list(model.patch_embed.grid_size))
     return [{"rope": table[i] if getattr(model, "rope_mixed", False) else table} for i in layers]
 
-# %% ../nbs/02_backbone.ipynb #dee32cf5
+# %% ../nbs/02_backbone.ipynb #7201ce07
 class LayeredModel(TokenShape, Freezable):
     "A vision transformer of timm taken apart into embedding, blocks and norm."
     def embed(self,
@@ -250,7 +250,7 @@ class LayeredModel(TokenShape, Freezable):
         "One state after another, so that a caller need not hold them all."
         end = self.depth if end is None else end
         if not 0 <= start <= end <= self.depth: raise RaptorError(f"layers {start} to {end} are not in 0..{self.depth} of {self.name}.")
-        layers = range(start, end)
+        state, layers = state.contiguous(), range(start, end) # a slice of a trajectory may otherwise round differently
         for i, extra in zip(layers, _rotary(self.model, layers) if layers else ()):
             state = self.model.blocks[i](state, **extra)
             yield state

@@ -1,0 +1,239 @@
+"The backbone against timm's own forward pass, and against weight files that lie."
+import json, struct
+
+import pytest, timm, torch
+from safetensors.torch import save_file
+
+from raptor.backbone import Backbone, load_linear_head, read_weights
+from raptor.core import RaptorError
+
+TINY = dict(depth=3, embed_dim=48, num_heads=2)
+FAMILIES = { # name -> (image size, settings, has a class token, registers, the norm is applied by forward_features)
+    "vit_small_patch14_reg4_dinov2": ((28, 42), {}, True, 4, True),
+    "vit_base_patch14_dinov2": ((28, 28), {}, True, 0, True),
+    "vit_small_patch16_dinov3": ((32, 48), {}, True, 4, True),
+    "vit_small_patch16_rope_mixed_224": ((32, 48), {}, True, 0, True),
+    "eva02_tiny_patch14_224": ((28, 42), {}, True, 0, False),
+    "deit3_small_patch16_224": ((32, 48), {}, True, 0, True),
+    "deit_tiny_distilled_patch16_224": ((32, 32), {}, True, 1, True),
+    "vit_base_patch16_clip_224": ((32, 48), {}, True, 0, True),
+    "vit_base_patch16_siglip_224": ((32, 32), {}, False, 0, True),
+    "vit_base_patch16_224": ((32, 48), {}, True, 0, True),
+    "vit_base_patch16_224.mae": ((32, 32), {}, True, 0, True),
+    "vit_small_patch16_224": ((32, 32), dict(global_pool="avg"), True, 0, False),
+    "vit_medium_patch16_reg4_gap_256": ((32, 32), {}, False, 4, False),
+    "vit_nano_patch4_reg4_24": ((24, 24), {}, True, 4, True),
+}
+
+
+def tiny(name, randomise=True, **more):
+    size, settings, *_ = FAMILIES[name]
+    backbone = Backbone.create(name, pretrained=False, img_size=size, **{**TINY, **settings, **more})
+    if randomise: # LayerScale starts so small that every block is the identity
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in backbone.parameters(): p.normal_(std=0.2, generator=generator)
+    return backbone
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_states_are_timms_own_bit_for_bit(name):
+    size, _, has_cls, registers, normed = FAMILIES[name]
+    backbone, images = tiny(name), torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    calls = []
+    backbone.model.blocks[0].register_forward_pre_hook(lambda module, args: calls.append(args[0]))
+    for block in backbone.model.blocks: block.register_forward_hook(lambda module, args, out: calls.append(out))
+    final = backbone.model.forward_features(images)
+    seen = torch.stack(calls[:4], 1)
+    assert torch.equal(backbone.trajectory(images), seen)
+    assert torch.equal(backbone.trajectory(images, 1, 2), seen[:, 1:3])
+    assert torch.equal(backbone.advance(seen[:, 1], 1, 3), seen[:, 3]) # the state alone is enough, rotary models included
+    assert (backbone.has_cls, backbone.num_registers, backbone.depth, backbone.dim, backbone.num_heads) == (has_cls, registers, 3, 48, 2)
+    assert backbone.num_tokens == seen.shape[2]
+    assert torch.equal(backbone.features(images), final) == normed
+    if not normed: # timm normalises after pooling: the same norm, on every token
+        assert torch.equal(backbone.features(images), backbone.model.fc_norm(final))
+    expected = seen[:, 2, 0] if has_cls else seen[:, 2, registers:].mean(1)
+    assert torch.equal(backbone.cls(seen[:, 2]), expected)
+
+
+def test_forward_intermediates_agrees():
+    backbone, images = tiny("vit_small_patch16_dinov3"), torch.randn(2, 3, 32, 48)
+    final, parts = backbone.model.forward_intermediates(images, output_fmt="NLC", return_prefix_tokens=True)
+    assert torch.equal(backbone.trajectory(images)[:, 1:], torch.stack([torch.cat([prefix, patch], 1) for patch, prefix in parts], 1))
+    assert torch.equal(backbone.features(images), final)
+
+
+def test_the_papers_depth_size_has_35_by_46_patches():
+    backbone = Backbone.create("vit_small_patch14_reg4_dinov2", pretrained=False, img_size=(490, 644), depth=1, embed_dim=12, num_heads=2)
+    assert backbone.grid == (35, 46) and backbone.features(torch.zeros(1, 3, 490, 644)).shape == (1, 5 + 35*46, 12)
+
+
+@pytest.mark.parametrize("name, reason", [("swin_tiny_patch4_window7_224", "hierarchical"), ("resnet18", "convolutional"), ("samvit_base_patch16", "windows"),
+                                          ("vit_base_r50_s16_224", "convolutional network"), ("beit_base_patch16_224", "relative positions"), ("naflexvit_base_patch16_gap", "packed")])
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_models_with_other_blocks_are_refused_before_any_download(name, reason, pretrained):
+    with pytest.raises(RaptorError, match=reason): Backbone.create(name, pretrained=pretrained)
+
+
+def test_random_weights_depend_on_the_seed_alone():
+    torch.manual_seed(4); ours = Backbone.create("vit_mini_patch4_reg4_24", pretrained=False)
+    torch.manual_seed(4); timms = timm.create_model("vit_mini_patch4_reg4_24")
+    assert all(torch.equal(a, b) for a, b in zip(ours.model.state_dict().values(), timms.state_dict().values()))
+    model = ours.model
+    assert (ours.depth, ours.dim, ours.num_heads, ours.grid, ours.num_prefix) == (12, 64, 4, (6, 6), 5)
+    for p in (model.pos_embed, model.reg_token, model.cls_token): assert 0.1 < p.std() < 0.3
+
+
+def test_frozen_until_unfrozen_and_gradients_reach_the_input():
+    backbone = tiny("vit_small_patch16_dinov3", drop_path_rate=0.5)
+    images = torch.randn(2, 3, 32, 48, requires_grad=True)
+    backbone.train()
+    assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
+    backbone.features(images).sum().backward()
+    assert images.grad.abs().sum() > 0
+    backbone.unfreeze()
+    assert backbone.training and all(p.requires_grad for p in backbone.parameters())
+    assert backbone.model.blocks[-1].drop_path1.drop_prob == 0.5 and backbone.model.blocks[-1].drop_path1.training
+    assert not backbone.eval().training and backbone.train().training
+
+
+# --- fingerprints and files ---
+
+def test_fingerprint_follows_weights_size_and_name_only():
+    torch.manual_seed(0); a = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
+    b = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, drop_path_rate=0.3, num_classes=7)
+    b.model.load_state_dict(a.model.state_dict(), strict=False)
+    assert a.fingerprint == b.fingerprint # neither stochastic depth nor a head changes the frozen trunk
+    before = a.fingerprint
+    with torch.no_grad(): a.model.blocks[3].mlp.fc1.weight[0, 0].add_(1e-3)
+    assert a.fingerprint != before
+    with torch.no_grad(): a.model.blocks[3].mlp.fc1.weight[0, 0] = b.model.blocks[3].mlp.fc1.weight[0, 0]
+    assert a.fingerprint == before
+    torch.manual_seed(0); assert Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, img_size=32).fingerprint != before
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_save_and_load_again(name, tmp_path):
+    size, settings, *_ = FAMILIES[name]
+    backbone = tiny(name)
+    path = backbone.save(tmp_path/"w.safetensors")
+    again = Backbone.create(name, weights=path, img_size=size, **{**TINY, **settings})
+    assert again.fingerprint == backbone.fingerprint
+    images = torch.randn(1, 3, *size)
+    assert torch.equal(again.trajectory(images), backbone.trajectory(images))
+    assert [f.name for f in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_a_non_square_position_embedding_is_resampled_from_its_own_grid(tmp_path):
+    wide = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, img_size=(16, 36)) # 36 patches, as many as 24 x 24 has
+    with torch.no_grad(): wide.model.pos_embed.copy_(torch.cat([torch.zeros(5), torch.arange(4.).repeat_interleave(9)])[None, :, None].expand_as(wide.model.pos_embed))
+    path = wide.save(tmp_path/"w.safetensors")
+    square = Backbone.create("vit_nano_patch4_reg4_24", weights=path)
+    rows = square.model.pos_embed[0, 5:, 0].view(6, 6)
+    assert torch.allclose(rows, rows[:, :1].expand(6, 6), atol=1e-5) and (rows[1:, 0] > rows[:-1, 0]).all() # still a gradient from top to bottom
+
+
+def official_dinov2(backbone):
+    "The names in Meta's files: one tensor of register tokens, no registers in the position embedding, a mask token."
+    state = {k.replace("reg_token", "register_tokens"): v.clone() for k, v in backbone.model.state_dict().items()}
+    state["pos_embed"] = torch.cat([torch.zeros(1, 1, 48), state["pos_embed"]], 1)
+    return {**state, "mask_token": torch.zeros(1, 48)}
+
+
+def test_official_dinov2_checkpoint(tmp_path):
+    backbone, images = tiny("vit_small_patch14_reg4_dinov2"), torch.randn(1, 3, 28, 42)
+    with torch.no_grad(): backbone.model.cls_token.zero_() # its position is added to it by timm's translation
+    torch.save(official_dinov2(backbone), tmp_path/"dinov2_vits14_reg4_pretrain.pth")
+    again = Backbone.create("vit_small_patch14_reg4_dinov2", weights=tmp_path/"dinov2_vits14_reg4_pretrain.pth", img_size=(28, 42), **TINY)
+    assert torch.equal(again.trajectory(images), backbone.trajectory(images))
+
+
+def test_official_dinov3_checkpoint(tmp_path):
+    backbone, images = tiny("vit_small_patch16_dinov3"), torch.randn(1, 3, 32, 48)
+    state = {k.replace("reg_token", "storage_tokens").replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): v.clone() for k, v in backbone.model.state_dict().items()}
+    torch.save({**state, "mask_token": torch.zeros(1, 48), "rope_embed.periods": torch.zeros(4)}, tmp_path/"dinov3.pth")
+    again = Backbone.create("vit_small_patch16_dinov3", weights=tmp_path/"dinov3.pth", img_size=(32, 48), **TINY)
+    assert torch.equal(again.trajectory(images), backbone.trajectory(images))
+
+
+def test_deit3_and_wrapped_checkpoints(tmp_path):
+    backbone, images = tiny("deit3_small_patch16_224"), torch.randn(1, 3, 32, 48)
+    state = {k.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v.clone() for k, v in backbone.model.state_dict().items()}
+    torch.save({"model": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, tmp_path/"deit.pth")
+    again = Backbone.create("deit3_small_patch16_224", weights=tmp_path/"deit.pth", img_size=(32, 48), num_classes=0, **TINY)
+    assert torch.equal(again.trajectory(images), backbone.trajectory(images))
+
+
+def test_weights_of_another_architecture_say_which_tensors(tmp_path):
+    path = tiny("vit_base_patch16_224").save(tmp_path/"w.safetensors")
+    for more, said in ((dict(depth=4), "lack blocks.3"), (dict(depth=2), "too many: blocks.2"), (dict(embed_dim=24), "another shape in")):
+        with pytest.raises(RaptorError, match=said): Backbone.create("vit_base_patch16_224", weights=path, img_size=(32, 48), **{**TINY, **more})
+
+
+# --- hostile and broken files ---
+
+class Payload:
+    def __init__(self, target): self.target = str(target)
+    def __reduce__(self): return exec, (f"open({self.target!r}, 'w').close()",)
+
+
+@pytest.mark.parametrize("reader", [read_weights, load_linear_head, lambda p: Backbone.create("vit_nano_patch4_reg4_24", weights=p)])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickled_command_is_refused_and_does_not_run(tmp_path, reader, zipped):
+    torch.save({"weight": torch.ones(2), "bias": Payload(tmp_path/"ran")}, tmp_path/"evil.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(RaptorError, match="evil.pth cannot be read: it asks for Python code to be run") as e: reader(tmp_path/"evil.pth")
+    assert not (tmp_path/"ran").exists() and "\n" not in str(e.value)
+
+
+def lying(header, data=b""): return struct.pack("<Q", len(header)) + header + data
+
+
+@pytest.mark.parametrize("name, content", [
+    ("sizes.safetensors", lying(json.dumps({"w": {"dtype": "F32", "shape": [1000, 1000], "data_offsets": [0, 4_000_000]}}).encode(), b"\0"*64)),
+    ("shape.safetensors", lying(json.dumps({"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 64]}}).encode(), b"\0"*64)),
+    ("header.safetensors", struct.pack("<Q", 2**60) + b"{}"),
+    ("text.safetensors", b"not at all"), ("nothing.safetensors", b""), ("empty.pth", b""), ("text.pth", b"<html>404</html>"),
+    ("list.safetensors", lying(b"[]")), ("none.safetensors", lying(b"{}")),
+])
+def test_broken_files_are_named(tmp_path, name, content):
+    (tmp_path/name).write_bytes(content)
+    with pytest.raises(RaptorError, match=name) as e: read_weights(tmp_path/name)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("keep", [0.3, 0.9])
+def test_truncated_files_are_named(tmp_path, suffix, keep):
+    path, state = tmp_path/f"w{suffix}", {"weight": torch.randn(100, 100)}
+    torch.save(state, path) if suffix == ".pth" else save_file(state, path)
+    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * keep)])
+    with pytest.raises(RaptorError, match=f"w{suffix} cannot be read"): read_weights(path)
+
+
+def test_linear_head(tmp_path):
+    torch.save({"weight": torch.arange(6.).view(2, 3), "bias": torch.tensor([5., 7.])}, tmp_path/"head.pth")
+    weight, bias = load_linear_head(tmp_path/"head.pth")
+    assert weight[1].tolist() == [3, 4, 5] and bias.tolist() == [5, 7]
+    torch.save({"weight": torch.zeros(2, 3), "bias": torch.zeros(3)}, tmp_path/"head.pth")
+    with pytest.raises(RaptorError, match="do not fit together"): load_linear_head(tmp_path/"head.pth")
+    with pytest.raises(RaptorError, match="do not exist"): load_linear_head(tmp_path/"absent.pth")
+
+
+def test_an_unreachable_hub_is_one_sentence(monkeypatch):
+    def unreachable(*args, **kwargs): raise OSError("no route\nto host")
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
+    with pytest.raises(RaptorError, match="could not be fetched .*weights=PATH") as e: Backbone.create("vit_tiny_patch16_224")
+    assert "\n" not in str(e.value)
+
+
+def test_pretrained_weights_arrive_through_timm(monkeypatch):
+    torch.manual_seed(3); state = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=28, **TINY).state_dict()
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **kwargs: dict(state))
+    backbone = Backbone.create("vit_small_patch14_reg4_dinov2", img_size=28, **TINY)
+    assert torch.equal(backbone.model.blocks[2].attn.qkv.weight, state["blocks.2.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("settings, said", [(dict(img_size=(30, 28)), "not a multiple of the patch size"), (dict(depht=3), "timm cannot make"), (dict(num_heads=5), "timm cannot make")])
+def test_settings_that_do_not_fit(settings, said):
+    with pytest.raises(RaptorError, match=said): Backbone.create("vit_small_patch14_reg4_dinov2", pretrained=False, **{"img_size": 28, **TINY, **settings})
