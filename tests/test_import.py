@@ -199,14 +199,12 @@ def attacks(flag):
         "operator.methodcaller": Calls(operator.methodcaller, "x"), "torch.storage._load_from_bytes": Calls(torch.storage._load_from_bytes, b""), "torch.serialization.load": Calls(torch.load, "x"), "torch.hub.load": Calls(torch.hub.load, "x", "y"),
         "torch.jit._serialization.load": Calls(torch.jit.load, "x"), "builtins.__import__": Calls(builtins.__import__, "this"), "runpy._run_code|runpy.run_path": Calls(runpy.run_path, "x"), "torch._utils._rebuild_wrapper_subclass": Calls(torch._utils._rebuild_wrapper_subclass)}
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("where", ["bare", "zip", "inside a module"])
+@pytest.mark.parametrize("where,protocol", [("bare", 0), ("bare", 2), ("bare", 4), ("zip", 2), ("zip", 4), ("inside a module", 2), ("inside a module", 4)])
 def test_no_call_is_run_and_its_name_is_said(tmp_path, where, protocol):
     flag = tmp_path/"ran"
     for name, attack in attacks(flag).items():
         path = tmp_path/"bad.pt"
         if where == "bare": path.write_bytes(pickle.dumps({"x": attack}, protocol=protocol))
-        elif protocol == 0: pytest.skip("torch.save writes binary pickles")
         else: torch.save({"x": attack} if where == "zip" else changed(lambda b: setattr(b, "note", attack)), path, pickle_protocol=protocol)
         first = name if name != "builtins.getattr" else "builtins.getattr|importlib.import_module"
         with pytest.raises(RaptorError, match=f"asks for ({first.replace('.', '[.]')}),") as e: import_author_checkpoint(path)
