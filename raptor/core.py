@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RaptorError', 'check_name', 'home_root', 'data_root', 'paper_root', 'check_writable', 'seed_everything', 'seed_for',
-           'fingerprint', 'file_digest', 'atomic_path', 'write_json', 'read_json', 'code_version', 'hardware',
-           'versions', 'run_record']
+           'fingerprint', 'file_digest', 'atomic_path', 'write_json', 'read_json', 'progress', 'code_version',
+           'hardware', 'versions', 'run_record']
 
-# %% ../nbs/00_core.ipynb #c75908f2
-import difflib, hashlib, json, os, platform, random, shutil, subprocess, uuid
+# %% ../nbs/00_core.ipynb #7a41d96d
+import difflib, hashlib, json, os, platform, random, shutil, subprocess, sys, uuid
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
@@ -146,6 +146,14 @@ def read_json(
     except FileNotFoundError as e: raise RaptorError(f"{path} does not exist; has the step that makes it run?") from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise RaptorError(f"{path} is not valid JSON ({e}); delete it and run the step that makes it again.") from e
 
+# %% ../nbs/00_core.ipynb #676c82bd
+def progress(*args, **kwargs):
+    "`tqdm.auto.tqdm`, switched off by `RAPTOR_PROGRESS=0` or `disable=True`."
+    kwargs["disable"] = kwargs.get("disable", False) or os.environ.get("RAPTOR_PROGRESS") == "0"
+    if kwargs["disable"]: from tqdm import tqdm # the notebook widget complains where ipywidgets is absent
+    else: from tqdm.auto import tqdm
+    return tqdm(*args, **kwargs)
+
 # %% ../nbs/00_core.ipynb #c23680f5
 @lru_cache(maxsize=1)
 def code_version() -> str: # e.g. "0.1.0+3f2c1ab" or "0.1.0"
@@ -159,12 +167,12 @@ def code_version() -> str: # e.g. "0.1.0+3f2c1ab" or "0.1.0"
     except FileNotFoundError: return __version__ # no git on this machine
     return f"{__version__}+{commit}{'-dirty' if dirty else ''}"
 
-# %% ../nbs/00_core.ipynb #34f0bf15
+# %% ../nbs/00_core.ipynb #104fb03d
 @lru_cache(maxsize=1)
 def hardware() -> str: # e.g. "NVIDIA H200" or "AMD EPYC 7B13, 2 cores"
-    "The accelerator's name, or the processor's name and the cores that this process may use."
-    import torch
-    if torch.cuda.is_available(): return torch.cuda.get_device_name(0)
+    "The accelerator's name if this process has torch loaded and sees one, or else the processor's name and the cores it may use."
+    torch = sys.modules.get("torch") # a process that never loaded it has computed on the processor
+    if torch and torch.cuda.is_available(): return torch.cuda.get_device_name(0)
     name = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         name = next((l.split(":", 1)[1].strip() for l in info.read_text().splitlines() if l.startswith("model name")), name)

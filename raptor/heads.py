@@ -200,12 +200,12 @@ def depth_loss(
     bins = bin_target(target, prediction.centres, prediction.logits.shape[-2:])
     return scale_invariant_loss(prediction.depth, target) + masked_cross_entropy(prediction.logits, bins, ignore=-100)
 
-# %% ../nbs/07_heads.ipynb #12adedec
+# %% ../nbs/07_heads.ipynb #ff6d08f8
 @dataclass(frozen=True)
 class ProbeTask:
     "Head, loss and score of one downstream task."
     name:str # as in `load_dataset(..., task=name)`
-    make_head:Callable # (backbone, num_classes) -> head; head(tokens, out_size) -> prediction
+    make_head:Callable # (backbone, num_classes, **settings) -> head; head(tokens, out_size) -> prediction
     loss:Callable # (prediction, target) -> scalar tensor
     meter:Callable # (num_classes, crop=None) -> a new meter
     metric_name:str # column of the result tables: top1, miou or rmse
@@ -224,13 +224,13 @@ class ProbeTask:
         "Whether `score` beats `best` in this task's direction."
         return best is None or (score > best if self.higher_is_better else score < best)
 
-# %% ../nbs/07_heads.ipynb #afe21b04
+# %% ../nbs/07_heads.ipynb #687c579c
 PROBE_TASKS = {t.name: t for t in (
     ProbeTask("classification", lambda b, num_classes: ClassificationHead(b.dim, num_classes, b.num_prefix, b.has_cls),
               classification_loss, lambda num_classes, crop=None: TopOneMeter(), "top1", True),
     ProbeTask("segmentation", lambda b, num_classes: SegmentationHead(b.dim, num_classes, b.num_prefix, b.grid),
               masked_cross_entropy, lambda num_classes, crop=None: IoUMeter(num_classes), "miou", True),
-    ProbeTask("depth", lambda b, num_classes=None: DepthHead(b.dim, b.num_prefix, b.grid, has_cls=b.has_cls),
+    ProbeTask("depth", lambda b, num_classes=None, **settings: DepthHead(b.dim, b.num_prefix, b.grid, has_cls=b.has_cls, **settings),
               depth_loss, lambda num_classes=None, crop=None: DepthMeter(crop), "rmse", False))}
 
 # %% ../nbs/07_heads.ipynb #558be4e2
