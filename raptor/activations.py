@@ -430,11 +430,12 @@ def write_cache(
     write_json(path/"zarr.json", about)
     return CachedTrajectories(path, expect=spec.fingerprint)
 
-# %% ../nbs/03_activations.ipynb #3c931bbc
+# %% ../nbs/03_activations.ipynb #fbec4ae6
 def _fill(live, spec, path, missing, batch_size):
     "Compute and write the missing chunks: while one is written, the next is computed."
     size = spec.file_bytes * spec.num_states * len(missing)
     check_writable(path, size)
+    for left in [f for c in missing for f in (path/f"states/c/{c}").rglob(".*")] + list((path/"targets/c").glob(".*")): left.unlink() # by a killed run
     print(f"caching {spec.num_images:,} images x {spec.num_states} states x {spec.num_tokens} tokens x {spec.dim} in {spec.dtype}: {size/1e9:.3g} GB to write")
     of = lambda c: range(c * spec.chunk_images, min((c + 1) * spec.chunk_images, spec.num_images))
     keys = [[(0, i) for i in of(c)[k:k + batch_size]] for c in missing for k in range(0, len(of(c)), batch_size)]

@@ -1,0 +1,341 @@
+"Trajectory sources: the order of batches, live against cached, a killed writer, and caches that were tampered with."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from hypothesis import given, strategies as st
+
+import raptor.activations as activations
+from raptor.activations import BatchPlan, CachedTrajectories, LiveTrajectories, estimate_cache, estimate_cache_bytes, write_cache
+from raptor.backbone import Backbone
+from raptor.core import RaptorError
+
+
+class Noise(torch.utils.data.Dataset):
+    "Image i is noise drawn from i, and from the epoch where `augmented`."
+    name, split, epoch = "noise", "train", 0
+
+    def __init__(self, n=50, augmented=False, target="class"): self.n, self.augmented, self.target, self.fingerprint = n, augmented, target, f"noise-{n}"
+    def __len__(self): return self.n
+    def set_epoch(self, epoch): self.epoch = epoch
+    def __getitem__(self, i):
+        if not 0 <= i < self.n: raise IndexError(i)
+        generator = torch.Generator().manual_seed(i + 1000 * self.epoch * self.augmented)
+        target = {"class": torch.tensor(i * 3), "map": torch.full((2, 2), i), "all": {"a": torch.tensor(i)}, "real": torch.tensor(i / 2)}[self.target]
+        return {"image": torch.randn(3, 8, 8, generator=generator), "target": target, "index": i}
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, img_size=8, depth=3, embed_dim=16)
+
+
+@pytest.fixture(scope="module")
+def stored(backbone, tmp_path_factory): # 50 images in 13 chunks of 4 (the last holds 2), so 5 pools of 3
+    path = tmp_path_factory.mktemp("cache")/"c"
+    write_cache(backbone, Noise(), path, chunk_images=4, batch_size=3)
+    return path
+
+
+@pytest.fixture
+def copy(stored, tmp_path):
+    import shutil
+    return Path(shutil.copytree(stored, tmp_path/"copy"))
+
+
+def images_of(source, **kwargs):
+    "Which images a source visits, by their labels."
+    return [(y // 3).tolist() for _, y in source.batches(labels=True, **kwargs)]
+
+
+# --- the order ---
+
+plans = dict(n=st.integers(1, 60), batch=st.integers(1, 20), seed=st.integers(0, 5), epochs=st.integers(1, 3))
+
+@given(**plans)
+def test_every_epoch_visits_each_image_once_but_for_the_tail(n, batch, seed, epochs):
+    if n < batch: return
+    plan = BatchPlan(n, batch, seed, steps=epochs * (n // batch))
+    for epoch in range(epochs):
+        positions = [i for e, a, b in plan if e == epoch for i in range(a, b)]
+        assert positions == list(range(n - n % batch))
+
+
+@given(first=st.integers(0, 12), more=st.integers(0, 9), world=st.integers(1, 4), **plans)
+def test_resuming_and_splitting_lose_nothing(n, batch, seed, epochs, first, more, world):
+    if n < batch or world > batch: return
+    whole = list(BatchPlan(n, batch, seed, steps=first + more))
+    assert list(BatchPlan(n, batch, seed, first, first + more)) == whole[first:]
+    parts = [list(BatchPlan(n, batch, seed, 0, first + more, r, world)) for r in range(world)]
+    for step, (epoch, start, stop) in enumerate(whole):
+        mine = [parts[r][step] for r in range(world)]
+        assert [i for _, a, b in mine for i in range(a, b)] == list(range(start, stop))
+        assert max(b - a for _, a, b in mine) - min(b - a for _, a, b in mine) <= 1
+
+
+@pytest.mark.parametrize("kwargs, said", [(dict(batch_size=0), "at least 1"), (dict(batch_size=51, seed=0), "cannot be drawn from 50"), (dict(batch_size=2, rank=2, world=2), "rank 2 of 2"),
+                                          (dict(batch_size=2, world=3), "cannot share"), (dict(batch_size=2, start=3, end=1), "states 3..1"), (dict(batch_size=2, end=4), "0..3 are there")])
+def test_impossible_batches(backbone, stored, kwargs, said):
+    for source in (LiveTrajectories(backbone, Noise()), CachedTrajectories(stored)):
+        with pytest.raises(RaptorError, match=said): source.batches(**kwargs)
+
+
+@pytest.mark.parametrize("make", ["live", "cached", "cached small pools"])
+def test_order_of_a_source(backbone, stored, make):
+    source = LiveTrajectories(backbone, Noise()) if make == "live" else CachedTrajectories(stored, pool_chunks=3 if "small" in make else 16)
+    assert images_of(source, batch_size=7) == [list(range(i, min(i + 7, 50))) for i in range(0, 50, 7)]
+    whole = images_of(source, batch_size=8, seed=3, steps=18) # three epochs of six batches
+    for epoch in range(3):
+        visited = sum(whole[6*epoch:6*epoch + 6], [])
+        assert len(set(visited)) == 48 and visited != sorted(visited)
+    assert whole[:6] != whole[6:12]
+    assert images_of(source, batch_size=8, seed=3, first_step=7, steps=18) == whole[7:]
+    parts = [images_of(source, batch_size=8, seed=3, steps=18, rank=r, world=3) for r in range(3)]
+    assert [a + b + c for a, b, c in zip(*parts)] == whole
+    assert images_of(source, batch_size=8, seed=4, steps=6) != whole[:6]
+    assert images_of(source, batch_size=8, seed=3, steps=6, start=2, end=3) == whole[:6] # the span does not change the order
+
+
+# --- live ---
+
+def test_live_gives_the_backbones_states(backbone):
+    data = Noise()
+    (batch, target), *_ = LiveTrajectories(backbone, data).batches(5, start=1, end=2, labels=True)
+    assert torch.equal(batch, backbone.trajectory(torch.stack([data[i]["image"] for i in range(5)]))[:, 1:3])
+    assert target.tolist() == [0, 3, 6, 9, 12] and not batch.requires_grad
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_is_a_function_of_the_epoch(backbone, workers):
+    data = Noise(12, augmented=True)
+    live = LiveTrajectories(backbone, data, workers=workers)
+    got = list(live.batches(5, seed=1, first_step=1, steps=4)) # epochs 0, 1, 1
+    for step, batch in zip((1, 2, 3), got):
+        epoch, i = divmod(step, 2)
+        data.set_epoch(epoch)
+        images = torch.stack([data[int(k)]["image"] for k in live.order(1, epoch)[5*i:5*i + 5]])
+        assert torch.allclose(batch, backbone.trajectory(images), atol=1e-5)
+
+
+def test_autocast_and_dtype(backbone):
+    exact = next(LiveTrajectories(backbone, Noise()).batches(4))
+    rough = next(LiveTrajectories(backbone, Noise(), dtype=torch.bfloat16).batches(4))
+    assert rough.dtype == torch.float32 and 0 < (rough - exact).abs().max() < 0.1
+    assert torch.equal(next(LiveTrajectories(backbone, Noise()).batches(4, dtype=torch.float16)), exact.half())
+
+
+# --- cached ---
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_cached_equals_live_up_to_16_bits_and_zarr_reads_it(backbone, tmp_path, dtype):
+    import zarr
+    live = LiveTrajectories(backbone, Noise())
+    cached = write_cache(backbone, Noise(), tmp_path/"c", dtype=dtype, chunk_images=8, batch_size=8)
+    exact = torch.cat(list(live.batches(8)))
+    kept = exact.to(getattr(torch, dtype))
+    assert torch.equal(torch.cat(list(cached.batches(7))), kept.float())
+    assert torch.equal(torch.cat(list(cached.batches(7, dtype=kept.dtype))), kept)
+    assert torch.equal(torch.cat(list(cached.batches(9, start=1, end=2))), kept[:, 1:3].float())
+    group = zarr.open(tmp_path/"c", mode="r")
+    assert group["states"].shape == (50, 4, 9, 16) and group["states"].chunks == (8, 1, 9, 16)
+    assert np.array_equal(group["states"][:], kept.numpy() if dtype == "float16" else kept.view(torch.uint16).numpy())
+    assert group["targets"][:].tolist() == [3 * i for i in range(50)]
+    assert group.attrs["raptor"]["complete"] and cached.fingerprint == live.fingerprint
+    for name in ("num_images", "depth", "num_tokens", "dim", "num_prefix", "has_cls", "layers"): assert getattr(cached, name) == getattr(live, name)
+
+
+def test_same_shuffled_batches_as_live_when_one_pool_holds_the_cache(backbone, stored):
+    live, cached = LiveTrajectories(backbone, Noise()), CachedTrajectories(stored)
+    for (a, y), (b, z) in zip(live.batches(8, seed=2, steps=9, labels=True), cached.batches(8, seed=2, steps=9, labels=True)):
+        assert y.tolist() == z.tolist() and torch.allclose(a, b, atol=2e-3)
+
+
+def test_an_epoch_opens_each_file_of_the_span_once_and_no_other(stored, monkeypatch):
+    opened, real = [], os.open
+    monkeypatch.setattr(activations.os, "open", lambda path, flags: (opened.append(str(path)), real(path, flags))[1])
+    list(CachedTrajectories(stored, pool_chunks=3).batches(5, start=1, end=2, seed=0, steps=10))
+    names = [str(Path(p).relative_to(stored)) for p in opened]
+    assert sorted(names) == sorted(f"states/c/{c}/{s}/0/0" for c in range(13) for s in (1, 2))
+
+
+def test_first_step_does_not_touch_what_it_skips(copy):
+    cached = CachedTrajectories(copy, pool_chunks=3)
+    whole = list(cached.batches(4, seed=6, steps=12))
+    order, used = cached.order(6, 0), set()
+    for image in order[32:]: used.add(image // 4)
+    skipped = {int(c) for pool in cached.pools(6, 0) for c in pool} - {int(c) for pool in cached.pools(6, 0) if used & set(pool) for c in pool}
+    assert skipped
+    for c in skipped: (copy/f"states/c/{c}/0/0/0").unlink()
+    assert all(torch.equal(a, b) for a, b in zip(cached.batches(4, seed=6, first_step=8, steps=12), whole[8:], strict=True))
+    with pytest.raises(RaptorError, match="cannot be read"): list(cached.batches(4, seed=6, steps=12))
+
+
+def test_stopping_early_closes_the_files(stored):
+    count = lambda: len(os.listdir("/proc/self/fd"))
+    before, cached = count(), CachedTrajectories(stored, pool_chunks=3)
+    batches = cached.batches(4, seed=0)
+    next(batches); assert count() > before
+    batches.close(); assert count() == before
+    list(cached.batches(4, seed=0, steps=30)); assert count() == before
+
+
+def test_part_of_the_layers(backbone, tmp_path):
+    cached = write_cache(backbone, Noise(10), tmp_path/"c", layers=(1, 2))
+    assert (cached.depth, cached.layers) == (3, (1, 2))
+    assert torch.allclose(next(cached.batches(10, start=1)), next(LiveTrajectories(backbone, Noise(10)).batches(10, start=1, end=2)), atol=2e-3)
+    with pytest.raises(RaptorError, match="states 0..2 were asked for and 1..2 are there"): cached.batches(10)
+    with pytest.raises(RaptorError, match="states 2..4 cannot be cached"): write_cache(backbone, Noise(10), tmp_path/"d", layers=(2, 4))
+
+
+@pytest.mark.parametrize("target, kept", [("real", [0, .5, 1, 1.5]), ("map", None), ("all", None)])
+def test_targets_are_kept_when_they_are_scalars(backbone, tmp_path, target, kept):
+    cached = write_cache(backbone, Noise(4, target=target), tmp_path/"c")
+    if kept: assert next(cached.batches(4, labels=True))[1].tolist() == kept
+    else:
+        with pytest.raises(RaptorError, match="no scalar targets"): next(cached.batches(4, labels=True))
+
+
+def test_an_augmented_data_set_is_kept_as_epoch_0_shows_it(backbone, tmp_path):
+    data = Noise(6, augmented=True); data.set_epoch(5)
+    cached = write_cache(backbone, data, tmp_path/"c")
+    assert torch.allclose(next(cached.batches(6)), backbone.trajectory(torch.stack([Noise(6)[i]["image"] for i in range(6)])), atol=2e-3)
+
+
+def test_chunks_are_even_so_that_hardly_anything_is_padding(backbone, tmp_path):
+    cached = write_cache(backbone, Noise(33), tmp_path/"c", chunk_images=32)
+    assert cached.spec.chunk_images == 17 # 34 images are stored; chunks of 32 would store 64
+
+
+# --- a writer that is killed ---
+
+SCRIPT = """
+import sys, time, torch; sys.path.insert(0, {tests!r})
+from test_activations import Noise
+from raptor.backbone import Backbone
+from raptor.activations import write_cache
+torch.manual_seed(0)
+backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, img_size=8, depth=3, embed_dim=16)
+class Slow(Noise):
+    def __getitem__(self, i): time.sleep(0.02); return super().__getitem__(i)
+write_cache(backbone, Slow(), {path!r}, chunk_images=4, batch_size=3)
+"""
+
+def test_sigkill_and_resume(backbone, stored, tmp_path):
+    path = tmp_path/"c"
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT.format(tests=str(Path(__file__).parent), path=str(path))], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 60
+    while not (path/"targets/c/3").exists() and process.poll() is None and time.time() < deadline: time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+    process.stderr.close()
+    with pytest.raises(RaptorError, match="is unfinished; run write_cache again"): CachedTrajectories(path)
+    done = {f: f.stat().st_mtime_ns for c in range(3) for f in (path/f"states/c/{c}").rglob("0") if f.is_file()}
+    assert len(done) == 12
+    half = path/"states/c/2/1/0/0"
+    half.write_bytes(half.read_bytes()[:-8]); del done[half] # as a crash of the machine may leave it
+    with pytest.raises(RaptorError, match="is unfinished"): CachedTrajectories(path)
+    for left in ("states/c/2/1/0/.0-12345678", "targets/c/.4-12345678"): (path/left).write_bytes(b"half")
+    cached = write_cache(backbone, Noise(), path, chunk_images=4, batch_size=3)
+    assert all(f.stat().st_mtime_ns == t for f, t in done.items() if "/c/2/" not in str(f)) # finished chunks were not done again
+    for a, b in zip(cached.batches(10, labels=True), CachedTrajectories(stored).batches(10, labels=True), strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert not [f for f in path.rglob(".*")] # nothing half-written is left over
+
+
+def test_writing_again_changes_nothing(backbone, copy, capsys):
+    before = {f: f.stat().st_mtime_ns for f in (copy/"states").rglob("*") if f.is_file()}
+    write_cache(backbone, Noise(), copy, chunk_images=4, batch_size=3)
+    assert {f: f.stat().st_mtime_ns for f in before} == before and capsys.readouterr().out == ""
+
+
+# --- what is refused ---
+
+def test_another_cache_in_the_folder(backbone, copy, tmp_path):
+    torch.manual_seed(1); other = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, img_size=8, depth=3, embed_dim=16)
+    theirs, ours = CachedTrajectories(copy).fingerprint, LiveTrajectories(other, Noise()).fingerprint
+    with pytest.raises(RaptorError, match=f"{theirs} .*not {ours}"): write_cache(other, Noise(), copy, chunk_images=4)
+    with pytest.raises(RaptorError, match="was begun with dtype=float16 where bfloat16"): write_cache(backbone, Noise(), copy, chunk_images=4, dtype="bfloat16")
+    with pytest.raises(RaptorError, match=f"holds trajectories {theirs} .*{ours} was expected"): CachedTrajectories(copy, expect=ours)
+    with pytest.raises(RaptorError, match="no trajectory cache at"): CachedTrajectories(tmp_path/"nowhere")
+    (tmp_path/"mine").mkdir(); (tmp_path/"mine"/"thesis.tex").write_text("x")
+    with pytest.raises(RaptorError, match="is not empty and holds no cache"): write_cache(backbone, Noise(), tmp_path/"mine")
+
+
+@pytest.mark.parametrize("damage, said", [(lambda f: f.unlink(), "states/c/2/1/0/0 cannot be read"), (lambda f: f.write_bytes(f.read_bytes()[:-1]), "has 1151 bytes where 1152"),
+                                          (lambda f: f.write_bytes(f.read_bytes() + b"x"), "has 1153 bytes where 1152"), (lambda f: f.write_bytes(b""), "has 0 bytes")])
+@pytest.mark.parametrize("seed", [None, 0])
+def test_damaged_chunks_are_named(copy, damage, said, seed):
+    damage(copy/"states/c/2/1/0/0")
+    cached = CachedTrajectories(copy)
+    with pytest.raises(RaptorError, match=said): list(cached.batches(10, seed=seed, steps=5))
+    assert len(list(cached.batches(10, start=2))) == 5
+
+
+def test_damaged_targets_are_named(copy):
+    (copy/"targets/c/12").unlink()
+    with pytest.raises(RaptorError, match="targets/c/12"): next(CachedTrajectories(copy).batches(4, labels=True))
+
+
+def change(path, edit):
+    value = json.loads(path.read_text()); edit(value); path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("file, edit, said", [
+    ("zarr.json", lambda v: v["attributes"].clear(), "is not the description of a trajectory cache"),
+    ("zarr.json", lambda v: v["attributes"]["raptor"].pop("dim"), "is not the description of a trajectory cache"),
+    ("zarr.json", lambda v: v["attributes"]["raptor"].update(num_images=60), "does not agree"),
+    ("zarr.json", lambda v: v["attributes"]["raptor"].update(dtype="bfloat16"), "does not agree"),
+    ("states/zarr.json", lambda v: v.update(codecs=[{"name": "bytes"}, {"name": "zstd"}]), "does not agree"),
+    ("states/zarr.json", lambda v: v.pop("shape"), "is not the description of an array"),
+    ("targets/zarr.json", lambda v: v.update(data_type="int32"), "does not agree")])
+def test_corrupt_metadata(copy, file, edit, said):
+    change(copy/file, edit)
+    with pytest.raises(RaptorError, match=said) as e: CachedTrajectories(copy)
+    assert "\n" not in str(e.value)
+
+
+def test_metadata_that_is_not_json(copy):
+    (copy/"states/zarr.json").write_bytes(b"\0" * 40)
+    with pytest.raises(RaptorError, match="not valid JSON"): CachedTrajectories(copy)
+    (copy/"zarr.json").write_text("{")
+    with pytest.raises(RaptorError, match="not valid JSON"): CachedTrajectories(copy)
+
+
+class Scaled:
+    "A backbone whose states are far too large."
+    def __init__(self, backbone, factor): self.inner, self.factor = backbone, factor
+    def __getattr__(self, name): return getattr(self.inner, name)
+    def trajectory(self, *args): return self.inner.trajectory(*args) * self.factor
+
+
+def test_overflow_is_an_error_that_suggests_bfloat16(backbone, tmp_path):
+    with pytest.raises(RaptorError, match="does not fit into float16; write the cache with dtype='bfloat16'"): write_cache(Scaled(backbone, 1e6), Noise(8), tmp_path/"c")
+    assert next(write_cache(Scaled(backbone, 1e6), Noise(8), tmp_path/"d", dtype="bfloat16").batches(8)).abs().max() > 65504
+    with pytest.raises(RaptorError, match="not finite"): write_cache(Scaled(backbone, float("nan")), Noise(8), tmp_path/"e")
+
+
+def test_a_full_disk_and_a_failing_writer(backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr("raptor.core.shutil.disk_usage", lambda path: type("Usage", (), dict(free=1000)))
+    with pytest.raises(RaptorError, match="GB free"): write_cache(backbone, Noise(), tmp_path/"c")
+    monkeypatch.undo()
+    def full(*args): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(activations, "_write_chunk", full)
+    with pytest.raises(OSError, match="No space left"): write_cache(backbone, Noise(), tmp_path/"d", chunk_images=4)
+
+
+def test_size_and_time_are_known_before(backbone, capsys, tmp_path):
+    assert estimate_cache_bytes(10, 12, 261, 768) == 10 * 13 * 261 * 768 * 2
+    assert estimate_cache_bytes(10, 12, 261, 768, "float32") == 2 * estimate_cache_bytes(10, 12, 261, 768, "bfloat16")
+    with pytest.raises(RaptorError, match="did you mean 'float16'"): estimate_cache_bytes(1, 1, 1, 1, "flaot16")
+    size, seconds = estimate_cache(backbone, Noise(), sample=8)
+    assert size == 50 * 4 * 9 * 16 * 2 and 0 < seconds < 60
+    write_cache(backbone, Noise(), tmp_path/"c")
+    assert "50 images x 4 states x 9 tokens x 16 in float16: 5.76e-05 GB" in capsys.readouterr().out
+    on_disk = sum(f.stat().st_size for f in (tmp_path/"c"/"states").rglob("*") if f.is_file() and f.name != "zarr.json")
+    assert on_disk <= 0.52 * estimate_cache_bytes(50, 3, 9, 16, "float32")
+
+
+def test_no_progress_debris_in_a_log(backbone, tmp_path, capfd):
+    write_cache(backbone, Noise(), tmp_path/"c")
+    assert capfd.readouterr().err == ""
