@@ -174,14 +174,14 @@ def _build(name, pretrained, weights, img_size, timm_kwargs):
     if weights is not None: _load(model, weights)
     return model
 
-# %% ../nbs/02_backbone.ipynb #75fdca8c
+# %% ../nbs/02_backbone.ipynb #6c25a58d
 class Freezable(nn.Module):
     "A module that is frozen until `unfreeze`: no gradients, and evaluation mode even after `.train()`."
     frozen = False
 
     def freeze(self): # itself
         "Switch gradients, dropout and stochastic depth off."
-        self.frozen = True
+        self.frozen, self._known = True, (None, None) # a fused optimiser changes weights without raising their version
         return self.requires_grad_(False).train(False)
 
     def unfreeze(self): # itself, in training mode

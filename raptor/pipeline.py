@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'MAIN_ITEMS', 'SNAKEMAKE', 'app', 'PresetOption', 'HomeOption', 'notebook_names', 'notebook_parameters',
            'run_notebook', 'leave_with_parent', 'study_lock', 'study_config', 'reproduce', 'usable_cores',
-           'reproduce_command', 'describe_runs', 'run_command', 'page_command', 'presets_command', 'doctor_command',
-           'doctor', 'main']
+           'reproduce_command', 'describe_runs', 'run_command', 'page_command', 'collect_command', 'presets_command',
+           'doctor_command', 'doctor', 'main']
 
 # %% ../nbs/13_pipeline.ipynb #0cbe52e6
 import fcntl, os, shutil, sys, threading, time
@@ -210,6 +210,14 @@ def page_command(preset:PresetOption="digits", home:HomeOption=None):
     from raptor.summary import write_page
     folder = study_folder(load_preset(preset), home)
     write_page(folder/"notebooks"/"summary.ipynb", folder/"summary.html", f"Raptor, reproduced: {folder.name}")
+
+# %% ../nbs/13_pipeline.ipynb #c0dd5594
+@app.command("collect")
+def collect_command(preset:PresetOption="digits", home:HomeOption=None):
+    """Store a study's outputs in the paper's notebooks of this checkout, and its small results beside them."""
+    from raptor.results import Results
+    from raptor.summary import collect
+    for path in collect(Results.open(preset, home)): print(path)
 
 # %% ../nbs/13_pipeline.ipynb #d28408eb
 @app.command("presets")

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['image_batches', 'shuffled_batches', 'ordered_batches', 'FeatureTable', 'table_bytes', 'ProbeConfig', 'ProbeObjective',
-           'evaluate_heads', 'to_device', 'train_probe', 'train_teacher', 'save_head', 'load_head', 'fidelity',
-           'ClassificationHead', 'SegmentationHead', 'DepthHead', 'probe_task', 'top1', 'mean_iou', 'depth_rmse',
-           'r2_score', 'R2Meter']
+           'evaluate_heads', 'to_device', 'train_probe', 'plain_attention', 'train_teacher', 'save_head', 'load_head',
+           'fidelity', 'ClassificationHead', 'SegmentationHead', 'DepthHead', 'probe_task', 'top1', 'mean_iou',
+           'depth_rmse', 'r2_score', 'R2Meter']
 
-# %% ../nbs/07_probes.ipynb #19658f9c
+# %% ../nbs/07_probes.ipynb #343a2828
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -205,7 +206,21 @@ def _best_and_last(history:pd.DataFrame, spec:ProbeTask) -> dict:
     row = scores.loc[scores[spec.metric_name].idxmax() if spec.higher_is_better else scores[spec.metric_name].idxmin()]
     return {"metric": spec.metric_name, "best": row[spec.metric_name], "best_epoch": int(row["epoch"]), "last": scores[spec.metric_name].iloc[-1], "epochs": int(scores["epoch"].iloc[-1])}
 
-# %% ../nbs/07_probes.ipynb #eebb47e3
+# %% ../nbs/07_probes.ipynb #9220330e
+@contextmanager
+def plain_attention(
+    backbone, # a Backbone; timm's attention modules carry a switch
+    precision:str, # mixed precision of the training
+):
+    "On a CPU in 16 bits, plain softmax attention is several times faster than the fused kernel at small sizes: switch to it for a while."
+    modules = [m for m in backbone.modules() if getattr(m, "fused_attn", False)]
+    plain = precision != "no" and not torch.cuda.is_available()
+    for m in modules: m.fused_attn = not plain
+    try: yield
+    finally:
+        for m in modules: m.fused_attn = True
+
+# %% ../nbs/07_probes.ipynb #853ffb9f
 def train_teacher(
     backbone, # a Backbone; trained in place and frozen again
     train, # split of task "all"
@@ -221,8 +236,9 @@ def train_teacher(
     "Train a backbone jointly on classification, segmentation and depth."
     heads = nn.ModuleDict({n: probe_task(n).make_head(backbone, c, **(settings or {}).get(n, {})) for n, c in num_classes.items()})
     made_for = [backbone.name, train.fingerprint, sorted(num_classes), settings, weights]
-    try: history = _fit_heads(backbone.unfreeze(), heads, train, config, folder, evaluate, made_for, weights, workers)
-    finally: backbone.freeze()
+    with plain_attention(backbone, config.precision):
+        try: history = _fit_heads(backbone.unfreeze(), heads, train, config, folder, evaluate, made_for, weights, workers)
+        finally: backbone.freeze()
     return dict(heads), history
 
 # %% ../nbs/07_probes.ipynb #eb0977f5

@@ -1,0 +1,91 @@
+"""Roots, atomic files and records."""
+import os, signal, subprocess, sys, textwrap, time
+
+import pytest
+from hypothesis import given, strategies as st
+
+from raptor.core import RaptorError, atomic_path, check_name, check_writable, data_root, file_digest, fingerprint, home_root, read_json, run_record, seed_for, write_json
+
+
+def test_argument_beats_environment_beats_default(monkeypatch, tmp_path):
+    for root, variable in ((home_root, "RAPTOR_HOME"), (data_root, "RAPTOR_DATA")):
+        monkeypatch.delenv(variable, raising=False)
+        assert root().parent == type(tmp_path).home()
+        monkeypatch.setenv(variable, str(tmp_path/"env"))
+        assert root() == tmp_path/"env" and root(tmp_path/"arg") == tmp_path/"arg"
+
+
+def test_roots_do_not_depend_on_where_one_stands(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAPTOR_HOME", "~/x")
+    assert home_root().is_absolute() and "~" not in str(home_root())
+
+
+@given(st.lists(st.one_of(st.integers(), st.text(max_size=8)), max_size=4), st.lists(st.one_of(st.integers(), st.text(max_size=8)), max_size=4))
+def test_seeds_differ_when_labels_do(a, b):
+    assert (seed_for(*a) == seed_for(*b)) == (a == b) and 0 <= seed_for(*a) < 2**63
+
+
+def test_seed_is_the_same_on_every_machine():
+    assert seed_for("scenes", 1, 2) == 5552706393379920919
+
+
+def test_fingerprint_ignores_order_and_sees_values():
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": (1, 2), "a": 1}) != fingerprint({"a": 1, "b": [2, 1]})
+    assert len(fingerprint("")) == 16
+
+
+def test_file_digest_reads_every_byte(tmp_path):
+    (tmp_path/"a").write_bytes(b"\0" * (3 << 20)); (tmp_path/"b").write_bytes(b"\0" * (3 << 20) + b"\1")
+    assert file_digest(tmp_path/"a") != file_digest(tmp_path/"b")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
+    write_json(tmp_path/"a.json", 1)
+    with pytest.raises(KeyboardInterrupt):
+        with atomic_path(tmp_path/"a.json") as t: t.write_text("2"); raise KeyboardInterrupt
+    assert read_json(tmp_path/"a.json") == 1 and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path):
+    write_json(tmp_path/"a.json", 1)
+    code = f"""
+        import time
+        from raptor.core import atomic_path
+        with atomic_path({str(tmp_path/'a.json')!r}) as t: t.write_text("2"); print("written", flush=True); time.sleep(60)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "written\n"
+    process.send_signal(signal.SIGKILL); process.wait()
+    assert read_json(tmp_path/"a.json") == 1
+
+
+def test_near_names():
+    with pytest.raises(RaptorError, match="did you mean 'digits'"): check_name("digitz", ["digits", "smoke"], "preset")
+    with pytest.raises(RaptorError, match="known: digits, smoke"): check_name("zzz", ["smoke", "digits"], "preset")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(RaptorError, match="cannot write"): check_writable(tmp_path/"new")
+    finally: tmp_path.chmod(0o700)
+
+
+def test_a_file_in_the_way_and_a_full_disk(tmp_path):
+    (tmp_path/"f").write_text("")
+    with pytest.raises(RaptorError, match="cannot write to"): check_writable(tmp_path/"f"/"x")
+    with pytest.raises(RaptorError, match="GB free"): check_writable(tmp_path, 10**19)
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_records_hold_no_clock_and_no_path():
+    record = run_record(seed=1, data="d", span="0-5")
+    assert record == run_record(seed=1, data="d", span="0-5") and set(record) == {"span", "seed", "data", "code", "hardware", "versions"}
+    assert not any(os.sep in str(v) for v in record.values())
+
+
+def test_broken_json_is_named(tmp_path):
+    (tmp_path/"a.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(RaptorError, match="a.json is not valid JSON"): read_json(tmp_path/"a.json")
+    with pytest.raises(RaptorError, match="does not exist"): read_json(tmp_path/"b.json")

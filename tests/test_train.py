@@ -1,0 +1,271 @@
+"""Losses with the right signs, schedules by hand, and a loop that a killed process can re-enter."""
+import json, os, signal, subprocess, sys, textwrap, time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from raptor.core import RaptorError, seed_everything, seed_for
+from raptor.model import Raptor, RecurrentBlock
+from raptor.phases import Phases
+from raptor.train import (FitConfig, StateLoss, TrainConfig, ar_loss, clear_checkpoint, fit, learning_rate, load_checkpoint, save_checkpoint,
+                          teacher_weight, tf_loss, train_raptor, train_span)
+
+
+class Rotating:
+    "Six layers that turn every token by the same angle in the plane of its first two coordinates."
+    depth, num_prefix, has_cls, num_images, fingerprint = 6, 1, True, 64, "rotating"
+
+    def batches(self, batch_size, *, start=0, end=None, seed=None, first_step=0, steps=None, rank=0, world=1, device=None, **_):
+        angles = torch.arange(self.depth + 1) * 0.3
+        turn = torch.stack([torch.stack([angles.cos(), -angles.sin()], -1), torch.stack([angles.sin(), angles.cos()], -1)], -2)
+        for step in range(first_step, steps):
+            x = torch.randn(batch_size, 5, 8, generator=torch.Generator().manual_seed(seed_for(seed, step)))
+            plane = torch.einsum("lij,bnj->blni", turn, x[..., :2])
+            states = torch.cat([plane, x[:, None, :, 2:].expand(-1, self.depth + 1, -1, -1)], -1)
+            yield states[rank * batch_size // world:(rank + 1) * batch_size // world, start:(self.depth if end is None else end) + 1]
+
+
+def new_block(seed=1): seed_everything(seed); return RecurrentBlock(8, 2, layer_scale=0.1)
+def weights(m): return {k: v.clone() for k, v in m.state_dict().items()}
+def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+SHORT = TrainConfig(steps=30, batch_size=16, lr=1e-2, warmup=3, log_every=10, checkpoint_every=10)
+
+
+# losses ---------------------------------------------------------------------------------------------------------------
+def test_cosine_is_a_distance_not_a_similarity():
+    x = torch.randn(4, 3, 6, 8)
+    near, far = StateLoss("cosine")(x + 0.1 * torch.randn_like(x), x), StateLoss("cosine")(-x, x)
+    assert 0 < near < 0.1 and far == pytest.approx(2, abs=1e-6)
+    assert StateLoss("mse+cosine")(-x, x) == pytest.approx(0.5 * 4 * float(x.square().mean()) + 1, rel=1e-5)
+
+
+def test_descending_the_cosine_loss_aligns_the_states():
+    x, y = torch.randn(1, 1, 4, 8), nn.Parameter(torch.randn(1, 1, 4, 8))
+    before = torch.cosine_similarity(y, x, dim=-1).mean()
+    optimizer = torch.optim.SGD([y], lr=5.0)
+    for _ in range(50): optimizer.zero_grad(); StateLoss("cosine")(y, x).backward(); optimizer.step()
+    assert torch.cosine_similarity(y, x, dim=-1).mean() > max(0.95, before)
+
+
+@pytest.mark.parametrize("prefix,has_cls,kind,weight", [(5, True, 0, 0.34), (5, True, 2, 0.33), (5, True, 8, 0.33), (1, True, 0, 0.34 / 0.67), (0, False, 3, 1.0), (4, False, 1, 0.5)])
+def test_weights_of_token_kinds(prefix, has_cls, kind, weight):
+    "An error of 1 on all tokens of one kind costs the share of that kind; kinds that do not exist hand theirs on."
+    x, y = torch.zeros(2, 1, 12, 4), torch.zeros(2, 1, 12, 4)
+    cls = int(has_cls)
+    tokens = slice(0, cls) if kind < cls else slice(cls, prefix) if kind < prefix else slice(prefix, 12)
+    y[:, :, tokens] = 1
+    assert StateLoss("weighted", (0.34, 0.33, 0.33), prefix, has_cls)(y, x) == pytest.approx(weight, rel=1e-5)
+
+
+def test_weights_that_reach_no_token_are_refused():
+    with pytest.raises(RaptorError, match="no weight"): StateLoss("weighted", (1, 0, 0), 0, False)(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))
+    with pytest.raises(RaptorError, match="three numbers"): StateLoss("weighted", (1, -1, 1))
+    with pytest.raises(RaptorError, match="did you mean 'weighted'"): StateLoss("weigthed")
+
+
+def test_teacher_forcing_and_autoregression_by_hand():
+    block, states = new_block(), torch.randn(3, 4, 5, 8)
+    pairs = [(block(states[:, i], i + 3) - states[:, i + 1]).square().mean() for i in range(3)]
+    torch.testing.assert_close(tf_loss(block, states, 2), sum(pairs) / 3)
+    x, errors = states[:, 0], []
+    for i in range(3): x = block(x, i + 3); errors.append((x - states[:, i + 1]).square().mean())
+    torch.testing.assert_close(ar_loss(block, states, 2), sum(errors) / 3)
+
+
+def test_a_perfect_model_has_no_loss():
+    block = new_block()
+    states = block.rollout(torch.randn(2, 5, 8), 1, 5)
+    assert tf_loss(block, states, 1) < 1e-10 and ar_loss(block, states, 1) < 1e-10
+
+
+# schedules ------------------------------------------------------------------------------------------------------------
+def test_lambda_falls_linearly_over_the_first_quarter():
+    assert [teacher_weight(s, 400) for s in (0, 50, 99, 100, 399)] == pytest.approx([1, 0.5, 0.01, 0, 0])
+
+
+@given(st.integers(2, 500), st.integers(0, 400), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_learning_rate_stays_in_its_bounds(steps, warmup, start):
+    c = FitConfig(steps=steps, warmup=warmup, warmup_start=start, lr=2.0, min_lr=0.5)
+    rates = [learning_rate(s, c) for s in range(steps)]
+    assert max(rates) <= 2.0 + 1e-9 and min(rates[warmup:] or [0.5]) >= 0.5 - 1e-9
+    assert all(a <= b + 1e-12 for a, b in zip(rates[:warmup], rates[1:warmup]))
+    assert all(a >= b - 1e-12 for a, b in zip(rates[warmup:], rates[warmup + 1:]))
+
+
+def test_configurations_that_cannot_train_are_refused():
+    for bad in (dict(steps=0), dict(batch_size=0), dict(lr=0.0)):
+        with pytest.raises(RaptorError): FitConfig(**bad)
+    with pytest.raises(RaptorError, match="did you mean 'cosine'"): FitConfig(schedule="cosin")
+
+
+# the loop -------------------------------------------------------------------------------------------------------------
+def test_one_step_is_adamw_with_clipping():
+    "The first step against the same step written out with torch alone."
+    config = TrainConfig(steps=1, batch_size=16, lr=1e-2, min_lr=1e-2, warmup=0, clip=0.1, weight_decay=0.1, forcing="free")
+    ours, reference = new_block(), new_block()
+    train_span(Rotating(), ours, (0, 3), config)
+    states = next(Rotating().batches(16, start=0, end=3, seed=0, steps=1))
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.1)
+    ar_loss(reference, states).backward()
+    nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+    optimizer.step()
+    for a, b in zip(ours.parameters(), reference.parameters()): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_training_learns_the_rotation():
+    "After 250 steps the rollout is far closer to the truth than standing still."
+    block, config = new_block(), TrainConfig(steps=250, batch_size=32, lr=1e-2, warmup=10, log_every=25)
+    history = train_span(Rotating(), block, (0, 6), config)
+    states = next(Rotating().batches(64, seed=99, steps=1))
+    still = (states[:, 1:] - states[:, :1]).square().mean()
+    with torch.no_grad(): assert ar_loss(block, states) < 0.15 * still
+    assert history.tf.notna().sum() >= 2 and np.isnan(history.tf.iloc[-1]), "teacher forcing ends after a quarter"
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not():
+    a, b, c = new_block(), new_block(), new_block()
+    train_span(Rotating(), a, (0, 3), SHORT)
+    train_span(Rotating(), b, (0, 3), SHORT)
+    train_span(Rotating(), c, (0, 3), TrainConfig(**{**SHORT.__dict__, "seed": 9}))
+    assert same(weights(a), weights(b)) and not same(weights(a), weights(c))
+
+
+def test_noise_is_a_function_of_seed_and_step():
+    a, b = new_block(), new_block()
+    noisy = TrainConfig(**{**SHORT.__dict__, "noise": 0.1})
+    train_span(Rotating(), a, (0, 3), noisy); torch.rand(7); train_span(Rotating(), b, (0, 3), noisy)
+    assert same(weights(a), weights(b))
+
+
+def test_stage_two_trains_every_block():
+    seed_everything(0)
+    raptor = Raptor.create(Phases((2, 6)), 8, 2, layer_scale=0.1)
+    before = weights(raptor)
+    history = train_raptor(Rotating(), raptor, TrainConfig(steps=40, batch_size=16, lr=1e-2, warmup=4, log_every=10, forcing="free", loss="weighted", token_weights=(0.45, 0.1, 0.45)))
+    assert history.loss.iloc[-1] < history.loss.iloc[0] and "tf" not in history
+    assert all(any(not torch.equal(v, before[k]) for k, v in raptor.state_dict().items() if k.startswith(f"blocks.{j}.")) for j in (0, 1))
+
+
+def test_spans_outside_the_depth_and_short_data_are_refused():
+    with pytest.raises(RaptorError, match="does not lie in 0..6"): train_span(Rotating(), new_block(), (4, 9), SHORT)
+    with pytest.raises(RaptorError, match="depth 4"): train_raptor(Rotating(), Raptor.create(Phases((2, 4)), 8, 2), SHORT)
+    class Short(Rotating):
+        def batches(self, *a, **k): return iter(list(super().batches(*a, **k))[:5])
+    with pytest.raises(RaptorError, match="ended at step 5 of 30"): train_span(Short(), new_block(), (0, 3), SHORT)
+
+
+def test_a_diverging_run_stops_with_its_step():
+    class Bad(Rotating):
+        def batches(self, *a, **k): return (b * float("inf") for b in super().batches(*a, **k))
+    with pytest.raises(RaptorError, match="loss is nan at step 10"): train_span(Bad(), new_block(), (0, 3), SHORT)
+
+
+def test_evaluations_stand_in_the_history_at_their_steps():
+    history = train_span(Rotating(), new_block(), (0, 3), TrainConfig(**{**SHORT.__dict__, "eval_every": 10}), evaluate=lambda step: {"score": float(step)})
+    assert history.dropna(subset=["score"])[["step", "score"]].values.tolist() == [[10, 10], [20, 20], [30, 30]]
+
+
+# checkpoints ----------------------------------------------------------------------------------------------------------
+def test_a_checkpoint_brings_back_moments_too(tmp_path):
+    block = new_block(); optimizer = torch.optim.AdamW(block.parameters())
+    tf_loss(block, torch.randn(2, 3, 5, 8)).backward(); optimizer.step()
+    save_checkpoint(tmp_path/"c.safetensors", block, optimizer, {"step": 1, "made_for": "x"})
+    other = new_block(5); again = torch.optim.AdamW(other.parameters())
+    assert load_checkpoint(tmp_path/"c.safetensors", other, again, "x")["step"] == 1
+    assert same(weights(block), weights(other))
+    for p, q in zip(block.parameters(), other.parameters()):
+        assert torch.equal(optimizer.state[p]["exp_avg_sq"], again.state[q]["exp_avg_sq"]) and float(again.state[q]["step"]) == 1
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    train_span(Rotating(), new_block(), (0, 3), SHORT, tmp_path)
+    path = tmp_path/"checkpoint.safetensors"
+    data = bytearray(path.read_bytes())
+    if damage == "truncate": data = data[:len(data) // 2]
+    elif damage == "flip": data[4] ^= 0xff # the header's length
+    else: data = b""
+    path.write_bytes(data)
+    with pytest.raises(RaptorError, match="checkpoint.safetensors is damaged"): train_span(Rotating(), new_block(), (0, 3), SHORT, tmp_path)
+
+
+@pytest.mark.parametrize("change", ["span", "data", "config", "model"])
+def test_a_checkpoint_made_for_something_else_is_refused(tmp_path, change):
+    train_span(Rotating(), new_block(), (0, 3), SHORT, tmp_path)
+    source, span, config, block = Rotating(), (0, 3), SHORT, new_block()
+    if change == "span": span = (1, 4)
+    if change == "data": source.fingerprint = "other"
+    if change == "config": config = TrainConfig(**{**SHORT.__dict__, "lr": 2e-2})
+    if change == "model": block = RecurrentBlock(8, 2, mlp="gelu")
+    with pytest.raises(RaptorError, match="made for another run"): train_span(source, block, span, config, tmp_path)
+
+
+WORKER = """
+    import sys, time
+    sys.path.insert(0, {tests!r})
+    import torch; torch.set_num_threads(1)
+    from safetensors.torch import save_file
+    from test_train import Rotating, new_block
+    from raptor.train import TrainConfig, train_span
+    class Slow(Rotating):
+        def batches(self, *a, **k):
+            for b in super().batches(*a, **k): time.sleep(float(sys.argv[2])); yield b
+    block = new_block()
+    train_span(Slow(), block, (0, 4), TrainConfig(steps=60, batch_size=8, lr=1e-2, warmup=5, log_every=7, checkpoint_every=10, noise=0.01), sys.argv[1])
+    save_file(block.state_dict(), sys.argv[1] + "/done.safetensors")
+"""
+
+
+def start_worker(folder, delay, tests=os.path.dirname(__file__)):
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(WORKER.format(tests=tests)), str(folder), str(delay)], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "timed out"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(tmp_path, how):
+    "A real process, a real signal: the second start must reach the weights of a run that nobody touched, bit for bit."
+    whole = start_worker(tmp_path/"whole", 0)
+    cut = start_worker(tmp_path/"cut", 0.1)
+    wait_for(lambda: (tmp_path/"cut"/"checkpoint.safetensors").exists())
+    time.sleep(0.25) # into the steps after the checkpoint
+    cut.send_signal(how)
+    assert cut.wait(20) == (-9 if how == signal.SIGKILL else 143)
+    assert not (tmp_path/"cut"/"done.safetensors").exists()
+    assert start_worker(tmp_path/"cut", 0).wait(60) == 0 and whole.wait(60) == 0
+    a, b = (load_file(tmp_path/n/"done.safetensors") for n in ("whole", "cut"))
+    assert same(a, b)
+
+
+def test_clear_checkpoint_leaves_other_files(tmp_path):
+    train_span(Rotating(), new_block(), (0, 3), SHORT, tmp_path)
+    (tmp_path/"keep.txt").write_text("x")
+    clear_checkpoint(tmp_path); clear_checkpoint(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["keep.txt"]
+
+
+def test_checkpoints_hold_no_pickle(tmp_path):
+    train_span(Rotating(), new_block(), (0, 3), SHORT, tmp_path)
+    head = (tmp_path/"checkpoint.safetensors").read_bytes()
+    meta = json.loads(head[8:8 + int.from_bytes(head[:8], "little")])["__metadata__"]
+    assert json.loads(meta["raptor"])["step"] == 30
+
+
+def test_golden_run():
+    "Ten steps on a fixed seed: the numbers that this code has always given (float32, any x86 or Arm machine)."
+    history = train_span(Rotating(), new_block(), (0, 4), TrainConfig(steps=10, batch_size=8, lr=1e-2, warmup=2, log_every=5))
+    np.testing.assert_allclose(history.loss, GOLDEN, rtol=1e-3)
+
+
+GOLDEN = [0.081706, 0.102625]
