@@ -200,23 +200,20 @@ class CacheSpec:
         except (KeyError, TypeError, AttributeError) as e:
             raise RaptorError(f"{path}/zarr.json is not the description of a trajectory cache ({e}); delete the folder and write the cache again.") from e
 
-# %% ../nbs/03_activations.ipynb #322fc47b
+# %% ../nbs/03_activations.ipynb #f58edbab
 class _Files:
     "Open chunk files by pool; a missing file or one of a wrong size is an error that names it."
-    def __init__(self, root, spec, states): self.root, self.spec, self.states, self.open, self.names = Path(root), spec, states, {}, {}
+    def __init__(self, root, spec, states, threads=2):
+        self.root, self.spec, self.states, self.open, self.names, self.ready = Path(root), spec, states, {}, {}, {}
+        self.workers = ThreadPoolExecutor(threads)
 
     def get(self, pool, chunk): # -> descriptors, one a state
         if (pool, chunk) not in self.open: self.open[pool, chunk] = [self._open(*f) for f in self.spec.files(chunk, self.states)]
         return self.open[pool, chunk]
 
     def _open(self, name, size):
-        try: fd = os.open(self.root/name, os.O_RDONLY)
-        except OSError as e: raise RaptorError(f"chunk {self.root/name} cannot be read ({e.strerror}); run write_cache again to restore it.") from e
-        if (have := os.fstat(fd).st_size) != size:
-            os.close(fd)
-            raise RaptorError(f"chunk {self.root/name} has {have} bytes where {size} belong; run write_cache again to restore it.")
-        if hasattr(os, "posix_fadvise"): os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED) # fetch it whole, in the background
-        self.names[fd] = name
+        fd = _open_whole(self.root/name, size)
+        self.names[fd], self.ready[fd] = name, self.workers.submit(_warm, fd, size)
         return fd
 
     def ahead(self, pool, chunks): # what is wrong with them is said when they are needed
@@ -225,13 +222,32 @@ class _Files:
 
     def close(self, below=float("inf")): # all pools before `below`
         for key in [k for k in self.open if k[0] < below]:
-            for fd in self.open.pop(key): os.close(fd)
+            for fd in self.open.pop(key):
+                if not (ready := self.ready.pop(fd)).cancel(): ready.exception() # wait: a closed descriptor must not be read
+                os.close(fd)
 
     def read(self, fd, piece, offset): # fill the bytes `piece`
         if os.preadv(fd, [piece], offset) != len(piece):
             raise RaptorError(f"chunk {self.root/self.names[fd]} was cut short while it was read; run write_cache again to restore it.")
 
-# %% ../nbs/03_activations.ipynb #3a563e14
+# %% ../nbs/03_activations.ipynb #56930a4a
+def _open_whole(path, size):
+    "Open a file for reading that must have exactly `size` bytes."
+    try: fd = os.open(path, os.O_RDONLY)
+    except OSError as e: raise RaptorError(f"chunk {path} cannot be read ({e.strerror}); run write_cache again to restore it.") from e
+    if (have := os.fstat(fd).st_size) == size: return fd
+    os.close(fd)
+    raise RaptorError(f"chunk {path} has {have} bytes where {size} belong; run write_cache again to restore it.")
+
+def _warm(fd, size):
+    "Read a file from end to end into the page cache, unless the system has it already."
+    try: # asking for what is not in memory raises
+        if all(os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT) for at in (0, size // 2, size - 1)): return
+    except (OSError, AttributeError): pass # or the system cannot tell
+    scratch, at = bytearray(1 << 20), 0
+    while got := os.preadv(fd, [scratch], at): at += got
+
+# %% ../nbs/03_activations.ipynb #f1421282
 def _empty(shape, dtype, pin=False):
     "An uninitialised tensor. NumPy asks for huge pages where torch does not: filling a large batch is several times faster."
     if pin: return torch.empty(shape, dtype=dtype, pin_memory=True)
@@ -243,18 +259,19 @@ def _assemble(files, rows, shape, stored, dtype, pin):
     direct = dtype == stored
     buffer = out if direct else _empty((1, *shape), stored)
     pieces = buffer.view(torch.int16).numpy().view(np.uint8).reshape(len(buffer), shape[0], -1)
+    for fd in {fd for descriptors, _ in rows for fd in descriptors}: files.ready[fd].result()
     for i, (descriptors, offset) in enumerate(rows):
         for piece, fd in zip(pieces[i if direct else 0], descriptors): files.read(fd, piece, offset)
         if not direct: out[i].copy_(buffer[0])
     return out
 
-# %% ../nbs/03_activations.ipynb #e2618e7d
+# %% ../nbs/03_activations.ipynb #7ca88a06
 class CachedTrajectories(TrajectorySource):
     "Trajectories read from a folder that `write_cache` completed."
     def __init__(self,
         path:str|Path, # the folder
         *, expect:str|None=None, # fingerprint that it must have, e.g. that of `LiveTrajectories`
-        pool_chunks:int=16, # chunks that are shuffled together
+        pool_chunks:int=8, # chunks that are shuffled together
         readers:int=2, # threads that read
     ):
         self.path = Path(path)
@@ -287,9 +304,9 @@ class CachedTrajectories(TrajectorySource):
     def targets(self) -> np.ndarray: # (num_images,), in stored order
         "The scalar targets; raises `RaptorError` when the cache has none."
         if not self.spec.targets: raise RaptorError(f"the cache {self.path} has no scalar targets; use LiveTrajectories where labels are needed.")
-        files = _Files(self.path, self.spec, ())
-        for c in range(self.spec.num_chunks): os.close(files._open(*next(self.spec.files(c)))) # exists and is whole
-        return np.concatenate([np.fromfile(self.path/f"targets/c/{c}", self.spec.targets) for c in range(self.spec.num_chunks)])[:self.num_images]
+        names = [next(self.spec.files(c)) for c in range(self.spec.num_chunks)]
+        for name, size in names: os.close(_open_whole(self.path/name, size))
+        return np.concatenate([np.fromfile(self.path/name, self.spec.targets) for name, _ in names])[:self.num_images]
 
 # %% ../nbs/03_activations.ipynb #8ab94885
 def _check_layout(path, spec):
@@ -318,7 +335,7 @@ def _rows(source, plan, files):
         seen = base + which[-1]
         yield images, rows, base + int(which[0])
 
-# %% ../nbs/03_activations.ipynb #c8072d60
+# %% ../nbs/03_activations.ipynb #fd777b6b
 def _cached_batches(self, plan, start, end, device, dtype, labels):
     device, stored = torch.device(device or "cpu"), _types[self.spec.dtype]
     pin = device.type == "cuda"
@@ -337,12 +354,12 @@ def _cached_batches(self, plan, start, end, device, dtype, labels):
             if len(waiting) > self.readers: yield finish()
         while waiting: yield finish()
     finally:
-        workers.shutdown(wait=True, cancel_futures=True)
+        for w in (workers, files.workers): w.shutdown(wait=True, cancel_futures=True)
         files.close()
 
 CachedTrajectories._batches = _cached_batches
 
-# %% ../nbs/03_activations.ipynb #6a4abae8
+# %% ../nbs/03_activations.ipynb #055da6b9
 def _narrow(states, dtype):
     "16 bits, or an error: an activation that overflows would become infinite and poison the training silently."
     narrow = states.to(_types[dtype])
@@ -351,12 +368,12 @@ def _narrow(states, dtype):
     raise RaptorError(f"an activation of {states.abs().max():.4g} does not fit into {dtype}; write the cache with dtype='bfloat16'.")
 
 def _make_spec(live, layers, dtype, chunk_images):
-    "What the cache will be; chunks of about 8 MiB a file, and so evenly that hardly any of the last is padding."
+    "What the cache will be; chunks of about 32 MiB a file, which disks like, and so evenly that hardly any of the last is padding."
     check_name(dtype, _types, "dtype")
     first, last = (0, live.depth) if layers is None else layers
     if not 0 <= first <= last <= live.depth: raise RaptorError(f"states {first}..{last} cannot be cached: {live.backbone.name} has 0..{live.depth}.")
     if len(live) == 0: raise RaptorError("there are no images to cache: the data set is empty.")
-    wanted = chunk_images or min(256, max(32, (8 << 20) // (live.num_tokens * live.dim * 2)))
+    wanted = chunk_images or min(1024, max(32, (32 << 20) // (live.num_tokens * live.dim * 2)))
     target = torch.as_tensor(live.dataset[0]["target"]) if not isinstance(live.dataset[0]["target"], dict) else None
     scalar = None if target is None or target.ndim else "float32" if target.is_floating_point() else "int64"
     name = f"{getattr(live.dataset, 'name', type(live.dataset).__name__)} {getattr(live.dataset, 'split', '')}".strip()
@@ -407,14 +424,14 @@ def _compute_chunk(live, spec, batches, size):
         done += len(part)
     return states, np.concatenate(targets) if spec.targets else None
 
-# %% ../nbs/03_activations.ipynb #b8e96209
+# %% ../nbs/03_activations.ipynb #3868a076
 def write_cache(
     backbone, # a `Backbone`, on any device
     dataset, # map-style, with a fingerprint; an augmented one is stored as epoch 0 shows it
     path:str|Path, # the folder; goes on with what an interrupted call left there
     *, layers:tuple[int, int]|None=None, # keep states first..last only
     dtype:str="float16", # or "bfloat16", for activations above 65504
-    chunk_images:int|None=None, # images a file; None: about 8 MiB
+    chunk_images:int|None=None, # images a file; None: about 32 MiB, at most 1024 images
     batch_size:int=64, # images of a forward pass
     workers:int=0, # processes that fetch images
     autocast:torch.dtype|None=None, # type of the forward pass; None: full precision
@@ -430,7 +447,7 @@ def write_cache(
     write_json(path/"zarr.json", about)
     return CachedTrajectories(path, expect=spec.fingerprint)
 
-# %% ../nbs/03_activations.ipynb #fbec4ae6
+# %% ../nbs/03_activations.ipynb #95435bf0
 def _fill(live, spec, path, missing, batch_size):
     "Compute and write the missing chunks: while one is written, the next is computed."
     size = spec.file_bytes * spec.num_states * len(missing)
@@ -438,7 +455,7 @@ def _fill(live, spec, path, missing, batch_size):
     for left in [f for c in missing for f in (path/f"states/c/{c}").rglob(".*")] + list((path/"targets/c").glob(".*")): left.unlink() # by a killed run
     print(f"caching {spec.num_images:,} images x {spec.num_states} states x {spec.num_tokens} tokens x {spec.dim} in {spec.dtype}: {size/1e9:.3g} GB to write")
     of = lambda c: range(c * spec.chunk_images, min((c + 1) * spec.chunk_images, spec.num_images))
-    keys = [[(0, i) for i in of(c)[k:k + batch_size]] for c in missing for k in range(0, len(of(c)), batch_size)]
+    keys = ([(0, i) for i in of(c)[k:k + batch_size]] for c in missing for k in range(0, len(of(c)), batch_size))
     batches = iter(_fetch(live.dataset, keys, live.workers, next(live.backbone.parameters()).is_cuda))
     written = None
     quiet = not (sys.stderr.isatty() or "ipykernel" in sys.modules) # a bar is debris in a log file

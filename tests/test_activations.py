@@ -1,5 +1,5 @@
 "Trajectory sources: the order of batches, live against cached, a killed writer, and caches that were tampered with."
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time, tracemalloc
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -146,7 +146,7 @@ def test_cached_equals_live_up_to_16_bits_and_zarr_reads_it(backbone, tmp_path, 
 
 
 def test_same_shuffled_batches_as_live_when_one_pool_holds_the_cache(backbone, stored):
-    live, cached = LiveTrajectories(backbone, Noise()), CachedTrajectories(stored)
+    live, cached = LiveTrajectories(backbone, Noise()), CachedTrajectories(stored, pool_chunks=13)
     for (a, y), (b, z) in zip(live.batches(8, seed=2, steps=9, labels=True), cached.batches(8, seed=2, steps=9, labels=True)):
         assert y.tolist() == z.tolist() and torch.allclose(a, b, atol=2e-3)
 
@@ -334,6 +334,16 @@ def test_size_and_time_are_known_before(backbone, capsys, tmp_path):
     assert "50 images x 4 states x 9 tokens x 16 in float16: 5.76e-05 GB" in capsys.readouterr().out
     on_disk = sum(f.stat().st_size for f in (tmp_path/"c"/"states").rglob("*") if f.is_file() and f.name != "zarr.json")
     assert on_disk <= 0.52 * estimate_cache_bytes(50, 3, 9, 16, "float32")
+
+
+def test_memory_does_not_grow_with_the_number_of_images(backbone, tmp_path):
+    peaks = []
+    for n in (512, 2048): # both more than the two pools that are open at a time
+        tracemalloc.start()
+        cached = write_cache(backbone, Noise(n), tmp_path/f"{n}", chunk_images=32, batch_size=16)
+        for _ in cached.batches(16, seed=0, steps=n // 16): pass
+        peaks.append(tracemalloc.get_traced_memory()[1]); tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 256 * 1024 # the cache itself grows by 1.7 MiB
 
 
 def test_no_progress_debris_in_a_log(backbone, tmp_path, capfd):
