@@ -170,7 +170,7 @@ def estimate_cache_bytes(
     sizes = {"float16": 2, "bfloat16": 2, "float32": 4}
     return num_images * (depth + 1) * tokens * dim * sizes[check_name(str(dtype).removeprefix("torch."), sizes, "dtype")]
 
-# %% ../nbs/03_activations.ipynb #526d3fc0
+# %% ../nbs/03_activations.ipynb #f79f06f6
 @dataclass(frozen=True)
 class CacheSpec:
     "Everything a cache says about itself: stored as the zarr group's attribute `raptor`."
@@ -196,8 +196,10 @@ class CacheSpec:
         notes = read_json(Path(path)/"zarr.json")
         try:
             fields = dict(notes["attributes"]["raptor"]); complete = fields.pop("complete")
-            return CacheSpec(**{**fields, "layers": tuple(fields["layers"])}), complete
-        except (KeyError, TypeError, AttributeError) as e:
+            spec = CacheSpec(**{**fields, "layers": tuple(fields["layers"])})
+            if min(spec.num_images, spec.num_states, spec.num_tokens, spec.dim, spec.chunk_images) < 1: raise ValueError("a size is below 1")
+            return spec, complete is True
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise RaptorError(f"{path}/zarr.json is not the description of a trajectory cache ({e}); delete the folder and write the cache again.") from e
 
 # %% ../nbs/03_activations.ipynb #f58edbab

@@ -284,6 +284,8 @@ def change(path, edit):
 @pytest.mark.parametrize("file, edit, said", [
     ("zarr.json", lambda v: v["attributes"].clear(), "is not the description of a trajectory cache"),
     ("zarr.json", lambda v: v["attributes"]["raptor"].pop("dim"), "is not the description of a trajectory cache"),
+    ("zarr.json", lambda v: v["attributes"]["raptor"].update(chunk_images=0), "a size is below 1"),
+    ("zarr.json", lambda v: v["attributes"]["raptor"].update(dim="16"), "is not the description of a trajectory cache"),
     ("zarr.json", lambda v: v["attributes"]["raptor"].update(num_images=60), "does not agree"),
     ("zarr.json", lambda v: v["attributes"]["raptor"].update(dtype="bfloat16"), "does not agree"),
     ("states/zarr.json", lambda v: v.update(codecs=[{"name": "bytes"}, {"name": "zstd"}]), "does not agree"),
