@@ -26,11 +26,13 @@ from torch import Tensor, nn
 
 from .core import RaptorError, atomic_path, check_name, fingerprint
 
-# %% ../nbs/02_backbone.ipynb #24df7026
+# %% ../nbs/02_backbone.ipynb #80937717
 class EmbeddedTeacher(VisionTransformer):
-    "timm's `VisionTransformer` with wider starting values for its class token, registers and position embeddings."
+    "timm's `VisionTransformer` with wider starting values, for small widths and short trainings."
     def init_weights(self, *args, **kwargs):
         super().init_weights(*args, **kwargs)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear): nn.init.xavier_uniform_(module.weight)
         for parameter in (self.pos_embed, self.cls_token, self.reg_token):
             nn.init.normal_(parameter, std=0.2)
 

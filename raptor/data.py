@@ -185,8 +185,8 @@ class Digits(ArrayDataset):
 
     def arrays(self): return self._arrays
 
-# %% ../nbs/01_data.ipynb #7f706311
-FRAME, FOCAL, DIGIT_HEIGHT, WALL, INK = 24, 70., 0.4, 5., 0.25 # px, px, m, m, share of full black
+# %% ../nbs/01_data.ipynb #2851c85c
+FRAME, FOCAL, DIGIT_HEIGHT, WALL, INK = 24, 100., 0.4, 5., 0.25 # px, px, m, m, share of full black
 NEAREST, FARTHEST, GAP = 2., 4., 1.25 # m, m, least ratio of the two depths
 
 # %% ../nbs/01_data.ipynb #06a823a8
@@ -265,7 +265,7 @@ class DigitScenes(ArrayDataset):
             self._drawn = epoch, (images, {"classification": labels, "segmentation": classes, "depth": metres})
         return self._drawn[1]
 
-# %% ../nbs/01_data.ipynb #f8c8c2b3
+# %% ../nbs/01_data.ipynb #b938a7f3
 @dataclass(frozen=True)
 class DatasetInfo:
     "What a data set offers, and its defaults."
@@ -277,7 +277,7 @@ class DatasetInfo:
 
 DATASETS = {
     "digits": DatasetInfo(("classification",), (24, 24), (0.305,)*3, (0.330,)*3),
-    "digit_scenes": DatasetInfo(("classification", "segmentation", "depth", "all"), (24, 24), (0.084,)*3, (0.227,)*3),
+    "digit_scenes": DatasetInfo(("classification", "segmentation", "depth", "all"), (24, 24), (0.157,)*3, (0.290,)*3),
     "cifar10": DatasetInfo(("classification",), (32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "imagenet": DatasetInfo(("classification",), (224, 224), splits=("train", "val")),
     "ade20k": DatasetInfo(("segmentation",), (518, 518), splits=("train", "val")),

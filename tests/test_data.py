@@ -67,7 +67,13 @@ def test_normalised_training_sets_have_mean_0_and_std_1():
 
 # --- rendering ------------------------------------------------------------------------------------
 
-def test_one_scene_by_hand():
+@pytest.fixture
+def short_lens(monkeypatch):
+    "A camera whose 28 px at 1 m make whole numbers: 3.5 m is 8 px, 2 m is 14 px."
+    monkeypatch.setattr(raptor.data, "FOCAL", 70.)
+
+
+def test_one_scene_by_hand(short_lens):
     "3.5 m is 8 px: samples are copied; the nearer one (2 m, 14 px) lies over it."
     glyphs = torch.zeros(1, 2, 8, 8)
     glyphs[0, 0] = 0.75
@@ -81,7 +87,7 @@ def test_one_scene_by_hand():
     assert metres[0, 2, 11] == 3.5 and metres[0, 9, 4] == 2 and metres[0, 0, 0] == 5
 
 
-def test_the_farther_digit_shows_through_holes_of_the_nearer():
+def test_the_farther_digit_shows_through_holes_of_the_nearer(short_lens):
     glyphs = torch.ones(1, 2, 8, 8)
     glyphs[0, 0, 2:6, 2:6] = 0
     _, classes, _ = render_scenes(glyphs, torch.tensor([[0, 1]]), torch.tensor([[2., 3.5]]), torch.tensor([[[5., 5.], [8., 8.]]]))
@@ -93,7 +99,7 @@ def test_the_farther_digit_shows_through_holes_of_the_nearer():
 def test_rendering_agrees_with_grid_sample(seed):
     g = torch.Generator().manual_seed(seed)
     glyph, depth = torch.rand(1, 1, 8, 8, generator=g), 2 + 2*torch.rand(1, generator=g)
-    size = 28/depth
+    size = 40/depth
     top, left = (24 - size)*torch.rand(1, generator=g), (24 - size)*torch.rand(1, generator=g)
     glyphs = torch.cat([glyph, torch.zeros(1, 1, 8, 8)], 1)
     images, classes, _ = render_scenes(glyphs, torch.tensor([[3, 5]]), torch.stack([depth, depth], 1), torch.stack([top, left], 1)[None].expand(1, 2, 1, 2).reshape(1, 2, 2))
@@ -111,14 +117,14 @@ def test_rendering_agrees_with_grid_sample(seed):
 @quick
 @given(st.floats(2, 4), st.floats(0, 1))
 def test_height_in_pixels_tells_depth(depth, place):
-    "A box of 28/z px covers that many pixel centres, give or take one."
-    extent = 28/depth
+    "A box of 40/z px covers that many pixel centres, give or take one."
+    extent = 40/depth
     rows = interpolation_matrix(torch.tensor([place*(24 - extent)]), torch.tensor([extent]), 24)[0].sum(1)
     assert torch.all((rows == 0) | ((rows - 1).abs() < 1e-5))
     assert abs(int(rows.round().sum()) - extent) <= 1
 
 
-def test_twice_the_size_is_the_same_scene():
+def test_twice_the_size_is_the_same_scene(short_lens):
     glyphs, labels, depth = torch.ones(1, 2, 8, 8), torch.tensor([[1, 2]]), torch.tensor([[2., 3.5]])
     corner = torch.tensor([[[0., 0.], [12., 12.]]])
     small, large = (render_scenes(glyphs, labels, depth, corner, (s, s))[1] for s in (24, 48))
