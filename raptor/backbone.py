@@ -47,19 +47,28 @@ default_cfgs = generate_default_cfgs({ # timm looks for this name in the module 
     "vit_nano_patch4_reg4_24.untrained": dict(_data, input_size=(3, 24, 24), **_half),
     "vit_small_patch4_reg4_32.untrained": dict(_data, input_size=(3, 32, 32), **_cifar)})
 
-# %% ../nbs/02_backbone.ipynb #b5097e0b
+# %% ../nbs/02_backbone.ipynb #72d3cfb3
 @register_model
-def vit_mini_patch4_reg4_24(pretrained=False, **kwargs) -> VisionTransformer:
+def vit_mini_patch4_reg4_24(
+    pretrained:bool=False, # must be False: no weights are published
+    **kwargs, # passed to the model by timm, e.g. img_size, drop_path_rate
+) -> VisionTransformer:
     "The teacher of the embedded preset: 12 layers, width 64, 4 heads, 24 x 24 pixels, 41 tokens."
     return _teacher("vit_mini_patch4_reg4_24", pretrained, kwargs, depth=12, embed_dim=64, num_heads=4)
 
 @register_model
-def vit_nano_patch4_reg4_24(pretrained=False, **kwargs) -> VisionTransformer:
+def vit_nano_patch4_reg4_24(
+    pretrained:bool=False, # must be False: no weights are published
+    **kwargs, # passed to the model by timm, e.g. img_size, drop_path_rate
+) -> VisionTransformer:
     "A teacher for tests: 6 layers, width 32, 2 heads, 24 x 24 pixels, 41 tokens."
     return _teacher("vit_nano_patch4_reg4_24", pretrained, kwargs, depth=6, embed_dim=32, num_heads=2)
 
 @register_model
-def vit_small_patch4_reg4_32(pretrained=False, **kwargs) -> VisionTransformer:
+def vit_small_patch4_reg4_32(
+    pretrained:bool=False, # must be False: no weights are published
+    **kwargs, # passed to the model by timm, e.g. img_size, drop_path_rate
+) -> VisionTransformer:
     "A teacher for CIFAR: 12 layers, width 192, 3 heads, 32 x 32 pixels, 69 tokens."
     return _teacher("vit_small_patch4_reg4_32", pretrained, kwargs, depth=12, embed_dim=192, num_heads=3)
 
@@ -176,14 +185,14 @@ def _build(name, pretrained, weights, img_size, timm_kwargs):
     if weights is not None: _load(model, weights)
     return model
 
-# %% ../nbs/02_backbone.ipynb #6c25a58d
+# %% ../nbs/02_backbone.ipynb #75fdca8c
 class Freezable(nn.Module):
     "A module that is frozen until `unfreeze`: no gradients, and evaluation mode even after `.train()`."
     frozen = False
 
     def freeze(self): # itself
         "Switch gradients, dropout and stochastic depth off."
-        self.frozen, self._known = True, (None, None) # a fused optimiser changes weights without raising their version
+        self.frozen = True
         return self.requires_grad_(False).train(False)
 
     def unfreeze(self): # itself, in training mode
@@ -266,7 +275,7 @@ class LayeredModel(TokenShape, Freezable):
         for state in self.states(state, start, end): pass
         return state
 
-# %% ../nbs/02_backbone.ipynb #3a27a64b
+# %% ../nbs/02_backbone.ipynb #d1564912
 class Backbone(LayeredModel):
     "A plain vision transformer from timm, frozen, that gives its state after any layer."
     def __init__(self,
@@ -276,10 +285,15 @@ class Backbone(LayeredModel):
     ):
         super().__init__()
         _check_plain(model, name)
-        self.model, self.name, self.settings, self._known = model, name, dict(settings or {}), (None, None)
+        self.model, self.name, self.settings = model, name, dict(settings or {})
         data = resolve_model_data_config(model)
         self.mean, self.std = tuple(data["mean"]), tuple(data["std"])
         self.freeze()
+
+    def freeze(self): # itself
+        "Switch gradients, dropout and stochastic depth off, and forget the fingerprint: a fused optimiser changes weights without a trace."
+        self._known = None, None
+        return super().freeze()
 
     @classmethod
     def create(cls,
@@ -313,14 +327,14 @@ class Backbone(LayeredModel):
         "norm(state L): what a probe reads."
         return self.norm(self.advance(self.embed(images), 0, self.depth))
 
-# %% ../nbs/02_backbone.ipynb #0f052646
+# %% ../nbs/02_backbone.ipynb #4b9fdaf4
 def _trunk_state(model): return {k: v for k, v in model.state_dict().items() if _is_trunk(k, model)}
 
 def _fingerprint(self:Backbone) -> str: # 16 hexadecimal digits
     "A hash of name, settings, image size and every weight of the trunk."
     state = _trunk_state(self.model)
     mark = tuple((v.data_ptr(), v._version, v.dtype) for v in state.values()) # in-place changes raise the version
-    if self._known[0] != mark:
+    if not self.frozen or self._known[0] != mark:
         digest = hashlib.sha256()
         for key in sorted(state): digest.update(key.encode() + str(state[key].dtype).encode() + _bytes(state[key]))
         settings = {k: v for k, v in self.settings.items() if "drop" not in k and k != "num_classes"} # no effect on a frozen trunk
