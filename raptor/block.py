@@ -21,10 +21,14 @@ from torch import Tensor, nn
 
 from .core import RaptorError, atomic_path, check_name
 
-# %% ../nbs/04b_block.ipynb #05f82445
+# %% ../nbs/04b_block.ipynb #27e08eba
 MAX_WIDTH, MAX_DEPTH = 2**16, 2**10 # of a Raptor that this package builds or reads
 
-def check_count(value, what, most=MAX_WIDTH):
+def check_count(
+    value, # what should be a count; anything
+    what:str, # its name, for the sentence
+    most:int=MAX_WIDTH, # largest value that is allowed
+) -> int: # `value`
     "Return `value` if it is an integer in 1..`most`; raise `RaptorError` otherwise."
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most: return value
     raise RaptorError(f"{what} is {str(value)[:40]!r}, and must be an integer in 1..{most}.")
@@ -48,10 +52,13 @@ class BlockConfig:
             raise RaptorError(f"layer_scale is {self.layer_scale!r}, and must be a finite number such as 1e-5.")
         if not isinstance(self.depth_scaling, bool): raise RaptorError(f"depth_scaling is {self.depth_scaling!r}, and must be true or false.")
 
-# %% ../nbs/04b_block.ipynb #c0f43a4b
+# %% ../nbs/04b_block.ipynb #4381d5bc
 class SwiGLU(nn.Module):
     "W2 (silu(x1) * x2) where (x1, x2) are the halves of W1 x."
-    def __init__(self, dim:int, hidden:int):
+    def __init__(self,
+        dim:int, # D, width of a token
+        hidden:int, # H, width of each half
+    ):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, 2*hidden), nn.Linear(hidden, dim)
     def forward(self, x):
@@ -60,7 +67,10 @@ class SwiGLU(nn.Module):
 
 class GeluMLP(nn.Module):
     "W2 gelu(W1 x), with the exact (erf) GELU."
-    def __init__(self, dim:int, hidden:int):
+    def __init__(self,
+        dim:int, # D, width of a token
+        hidden:int, # H
+    ):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
     def forward(self, x): return self.fc2(F.gelu(self.fc1(x)))
@@ -85,12 +95,14 @@ def attend(
         return (q*q.shape[-1]**-0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
-# %% ../nbs/04b_block.ipynb #c52be625
+# %% ../nbs/04b_block.ipynb #274e98c6
 SCALING_WIDTH, SCALING_STD = 16, 1e-4 # of the depth-scaling MLP; standard deviation at the start
 
 class DepthScaling(nn.Module):
     "(a, b, c) = 1 + MLP(t): three vectors of width D for each depth t."
-    def __init__(self, dim:int):
+    def __init__(self,
+        dim:int, # D, width of a token
+    ):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(1, SCALING_WIDTH), nn.Linear(SCALING_WIDTH, 3*dim)
         nn.init.normal_(self.fc2.weight, std=SCALING_STD)
@@ -104,7 +116,7 @@ class DepthScaling(nn.Module):
             scales = 1 + self.fc2(F.silu(self.fc1(t.to(self.fc1.weight.dtype)[:, None])))
         return scales[:, None].chunk(3, dim=-1)
 
-# %% ../nbs/04b_block.ipynb #3fa40067
+# %% ../nbs/04b_block.ipynb #da6a72fe
 class Recurrence(nn.Module):
     "A map (state, depth) -> next state, and what follows from it; a subclass gives `step` and `check_span`."
     def states(self,
@@ -117,13 +129,21 @@ class Recurrence(nn.Module):
             state = self.step(state, t)
             yield state
 
-    def advance(self, state:Tensor, start:int=0, end:int|None=None) -> Tensor:
-        "State `end` (B, N, D) from state `start`; the states between are not kept."
+    def advance(self,
+        state:Tensor, # (B, N, D) state `start`
+        start:int=0, # index of that state
+        end:int|None=None, # index of the last state; None: the last one there is
+    ) -> Tensor: # (B, N, D) state `end`
+        "The last state alone; those between are not kept."
         for state in self.states(state, start, end): pass
         return state
 
-    def rollout(self, state:Tensor, start:int=0, end:int|None=None) -> Tensor:
-        "States start..end (B, end-start+1, N, D), the given one first (method, autoregression)."
+    def rollout(self,
+        state:Tensor, # (B, N, D) state `start`
+        start:int=0, # index of that state
+        end:int|None=None, # index of the last state; None: the last one there is
+    ) -> Tensor: # (B, end-start+1, N, D) states start..end
+        "All states, the given one first (method, autoregression)."
         return torch.stack([state, *self.states(state, start, end)], dim=1)
 
 # %% ../nbs/04b_block.ipynb #dd712e8b
@@ -173,9 +193,9 @@ class RecurrentBlock(Recurrence):
         if end is None or not 0 <= start <= end: raise RaptorError(f"a block cannot go from state {start} to state {end}; give 0 <= start <= end.")
         return end
 
-# %% ../nbs/04b_block.ipynb #db417552
+# %% ../nbs/04b_block.ipynb #ff6c9115
 def transitions(
-    block:RecurrentBlock,
+    block:RecurrentBlock, # maps a state and a depth to the next state
     inputs:Tensor, # (B, n, N, D) states
     depths:Tensor, # (n,) index of the state that each of them is followed by
 ) -> Tensor: # (B, n, N, D) the predicted followers
@@ -183,7 +203,10 @@ def transitions(
     B, n = inputs.shape[:2]
     return block(inputs.flatten(0, 1), depths.repeat(B)).unflatten(0, (B, n))
 
-def pairs(states, start):
+def pairs(
+    states:Tensor, # (B, n+1, N, D) true states start..start+n, n >= 1
+    start:int, # index of the first
+) -> tuple[Tensor, Tensor]: # (B, n, N, D) inputs; (n,) int64 depths start+1..start+n
     "Inputs (B, n, N, D) of the n steps between n + 1 states, and the depths of their followers."
     if states.ndim != 4 or states.shape[1] < 2: raise RaptorError(f"states of shape {tuple(states.shape)} hold no pair of neighbours; give (B, n+1, N, D) with n >= 1.")
     n = states.shape[1] - 1
@@ -209,7 +232,7 @@ def block_flops(
     scaling = (SCALING_WIDTH + 3*SCALING_WIDTH*config.dim)*config.depth_scaling
     return 2*tokens*weights + 4*tokens**2*config.dim + 2*scaling
 
-# %% ../nbs/04b_block.ipynb #03691de1
+# %% ../nbs/04b_block.ipynb #92f614f3
 NOTE = "raptor" # the one key of our metadata: safetensors does not keep an order of several
 
 def write_tensors(
@@ -223,7 +246,9 @@ def write_tensors(
     return Path(path)
 
 @contextmanager
-def opened(path):
+def opened(
+    path:str|Path, # a safetensors file, not trusted
+): # context manager that gives the open file
     "The open safetensors file; a file that is missing, cut short or inconsistent is one sentence."
     if not Path(path).is_file(): raise RaptorError(f"the weights {path} do not exist; check the path, or train and save them first.")
     try:
@@ -260,7 +285,7 @@ def fill(
     module.load_state_dict(tensors, assign=True)
     return module
 
-# %% ../nbs/04b_block.ipynb #f8ed1c31
+# %% ../nbs/04b_block.ipynb #16b7a17f
 def block_config(
     values, # what a file says
     where:str|Path, # the file, for the sentence
@@ -272,13 +297,15 @@ def block_config(
     try: return BlockConfig(**values)
     except RaptorError as e: raise RaptorError(f"{where}: {e}") from e
 
-def empty_block(config:BlockConfig) -> RecurrentBlock:
+def empty_block(
+    config:BlockConfig, # its sizes
+) -> RecurrentBlock: # on torch's meta device, for `fill`
     "A block with shapes and no numbers."
     with torch.device("meta"): return RecurrentBlock(**asdict(config))
 
 def save_block(
     path:str|Path, # destination, ending in .safetensors
-    block:RecurrentBlock,
+    block:RecurrentBlock, # the block, on any device
     span:tuple[int, int], # (start, end] of the phase that it was trained on
     record:dict|None=None, # its run record
 ) -> Path: # the destination

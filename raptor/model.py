@@ -156,9 +156,11 @@ def weights_digest(
 RaptorBackbone.name = property(lambda self: f"raptor_k{self.raptor.k}_{self.backbone.name}", doc="E.g. raptor_k3_vit_base_patch14_reg4_dinov2.")
 RaptorBackbone.fingerprint = property(lambda self: fingerprint([self.backbone.fingerprint, self.raptor.assignment, weights_digest(self.raptor)]), doc="Changes with the teacher and with any weight of the Raptor.")
 
-# %% ../nbs/05_model.ipynb #9da4f05b
-def forward_features(self:RaptorBackbone, images:Tensor) -> Tensor:
-    "What timm's `forward_features` gives: the normed last state (B, N, D)."
+# %% ../nbs/05_model.ipynb #1448a4df
+def forward_features(self:RaptorBackbone,
+    images:Tensor, # (B, 3, H, W), normalised
+) -> Tensor: # (B, N, D)
+    "What timm's `forward_features` gives: the normed last state."
     return self.features(images)
 
 def _layers(indices, depth):

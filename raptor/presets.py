@@ -97,9 +97,13 @@ class Preset:
     references:dict = field(default_factory=dict) # what to compare with: {"published": ...}
     name:str = "" # filled in by `load_preset`
 
-# %% ../nbs/10_presets.ipynb #6d66f33a
-def build_spec(cls, values, where:str):
-    "An instance of dataclass `cls` from a dictionary; every complaint names `where`."
+# %% ../nbs/10_presets.ipynb #3b425915
+def build_spec(
+    cls:type, # a dataclass; its annotations say what each key holds
+    values:dict, # plain values by key, as YAML gives them
+    where:str, # where they stand, for the sentence: "preset mine.yaml: data"
+): # an instance of `cls`
+    "Make a dataclass from a dictionary; raises `RaptorError` for an unknown or missing key or a value of another kind."
     if not isinstance(values, dict): raise RaptorError(f"{where} must hold keys and values, not {values!r}.")
     hints, known = get_type_hints(cls), [f.name for f in fields(cls)]
     for key in values:
@@ -165,9 +169,9 @@ class Run:
     @property
     def folder(self) -> str: return f"{self.kind}s/{self.name}"
 
-# %% ../nbs/10_presets.ipynb #21238650
+# %% ../nbs/10_presets.ipynb #5b6e09f6
 def block_runs(
-    preset:Preset,
+    preset:Preset, # the study
     ends:dict, # {k: ends of the phases}
 ) -> list[Run]: # one for each distinct span and replica
     "Stage 1: every span that some k needs, once a replica."
@@ -183,9 +187,9 @@ def _spans(ends:dict) -> list[tuple[int, int]]:
             if span not in out: out.append(span)
     return out
 
-# %% ../nbs/10_presets.ipynb #7fde2db6
+# %% ../nbs/10_presets.ipynb #3f21d9c6
 def raptor_runs(
-    preset:Preset,
+    preset:Preset, # the study
     ends:dict, # {k: ends of the phases}
 ) -> list[Run]:
     "Stage 2: one Raptor for each k and replica, from the blocks of its spans."
@@ -193,9 +197,9 @@ def raptor_runs(
                 tuple(("block", f"{s}-{e}-r{r}") for s, e in zip((0, *ends[k]), ends[k])))
             for k in sorted(ends) for r in range(preset.replicas)]
 
-# %% ../nbs/10_presets.ipynb #53cc6c01
+# %% ../nbs/10_presets.ipynb #b7e4a92c
 def probe_runs(
-    preset:Preset,
+    preset:Preset, # the study
     ends:dict, # {k: ends of the phases}
 ) -> list[Run]:
     "Every model on every task: extra backbones, the teacher, all Raptors."
@@ -204,24 +208,24 @@ def probe_runs(
     return [Run("probe", f"{m}-{task}", dict(model=m, task=task, seed=spec.seed + i), (("raptor", m),) if m[0] == "k" and m not in preset.extra_models else ())
             for task, spec in preset.probes.items() for i, m in enumerate(models)]
 
-# %% ../nbs/10_presets.ipynb #b499d6ee
+# %% ../nbs/10_presets.ipynb #0cb2a626
 def all_runs(
-    preset:Preset,
+    preset:Preset, # the study
     ends:dict, # {k: ends of the phases}
 ) -> dict[tuple[str, str], Run]: # by (kind, name)
     "All block, Raptor and probe runs of a study."
     return {(r.kind, r.name): r for r in (*block_runs(preset, ends), *raptor_runs(preset, ends), *probe_runs(preset, ends))}
 
-# %% ../nbs/10_presets.ipynb #8f505312
+# %% ../nbs/10_presets.ipynb #a7254b8a
 def study_folder(
-    preset:Preset,
+    preset:Preset, # the study
     home:str|Path|None=None, # root of all studies; default: `home_root()`
 ) -> Path:
     "The folder of a study under the root."
     return home_root(home)/preset.name
 
 def study_ends(
-    preset:Preset,
+    preset:Preset, # the study
     home:str|Path|None=None, # root of all studies; default: `home_root()`
 ) -> dict[int, tuple[int, ...]]|None: # {k: ends}, None while they are not known
     "The segmentations of a study: fixed by the preset, or found by `find_phases`."

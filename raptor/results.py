@@ -15,7 +15,7 @@ import pandas as pd
 from .core import RaptorError, atomic_path, check_name, paper_root, run_record
 from .presets import Preset, load_preset, study_ends, study_folder
 
-# %% ../nbs/10b_results.ipynb #29407b9f
+# %% ../nbs/10b_results.ipynb #7849d7f1
 @dataclass(frozen=True)
 class Results:
     "What a preset has produced under a root."
@@ -40,7 +40,10 @@ class Results:
             raise RaptorError(f"the phases of {self.preset.name} are not known yet; run the notebook find_phases first.")
         return ends
 
-    def record(self, seed:int|None=None, **more) -> dict:
+    def record(self,
+        seed:int|None=None, # of the run; None where nothing is random
+        **more, # further columns
+    ) -> dict:
         "The run record of something made from this study."
         return run_record(seed=seed, preset=self.preset.name, **more)
 

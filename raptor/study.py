@@ -28,7 +28,7 @@ from .train import FitConfig, TrainConfig
 class Study(Results):
     "A preset, a root, and everything that follows from them: `Results` with the means to build."
 
-# %% ../nbs/11_study.ipynb #aeff88d9
+# %% ../nbs/11_study.ipynb #7c1353ed
 def dataset(self:Study,
     split:str="train", # train | test | val: what the preset calls so
     task:str="classification", # classification | segmentation | depth | all
@@ -60,7 +60,9 @@ def official_head(self:Study) -> tuple|None: # (weight, bias), None if the prese
     "The linear head that was released with the backbone."
     return load_linear_head(self.preset.teacher.head) if self.preset.teacher.head else None
 
-def teacher_heads(self:Study, backbone) -> dict: # {task: head}
+def teacher_heads(self:Study,
+    backbone, # the study's teacher: the heads read its states
+) -> dict: # {task: head}
     "The teacher's own heads: trained with it, or its official linear head."
     folder = self.folder/"teacher"
     if self.preset.teacher.train is not None: return {t: load_head(backbone, t, folder/f"{t}.safetensors") for t in self.preset.probes}
@@ -84,7 +86,7 @@ def source(self:Study,
 
 Study.source = source
 
-# %% ../nbs/11_study.ipynb #405e9dda
+# %% ../nbs/11_study.ipynb #2c5d8570
 def new_block(self:Study,
     backbone, # the teacher: dim and heads
     seed:int, # set before the block is built
@@ -95,16 +97,24 @@ def new_block(self:Study,
     spec = self.preset.block
     return RecurrentBlock(backbone.dim, backbone.num_heads, **{"mlp": spec.mlp, "hidden": spec.hidden, "layer_scale": spec.layer_scale, "depth_scaling": spec.depth_scaling, **changes})
 
-def stage1_config(self:Study, span:tuple, seed:int) -> TrainConfig:
+def stage1_config(self:Study,
+    span:tuple[int, int], # (start, end] of the phase
+    seed:int, # order of the data, noise
+) -> TrainConfig:
     "How a block on `span` is trained; the span that ends at L differs."
     last = self.preset.last_block if span[1] == max(e[-1] for e in self.ends.values()) else {}
     return make_config(TrainConfig, {**self.preset.stage1, **last, "seed": seed}, f"preset {self.preset.name}: stage1")
 
-def stage2_config(self:Study, seed:int) -> TrainConfig:
+def stage2_config(self:Study,
+    seed:int, # order of the data, noise
+) -> TrainConfig:
     "How a Raptor is trained."
     return make_config(TrainConfig, {**self.preset.stage2, "seed": seed}, f"preset {self.preset.name}: stage2")
 
-def probe_config(self:Study, task:str, seed:int) -> ProbeConfig:
+def probe_config(self:Study,
+    task:str, # classification | segmentation | depth, one of the preset's
+    seed:int, # order of the data
+) -> ProbeConfig:
     "How a head is trained."
     return make_config(ProbeConfig, {**self.preset.probes[task].train, "seed": seed}, f"preset {self.preset.name}: probes: {task}: train")
 

@@ -184,8 +184,10 @@ def _like(key:str, value:Tensor, p:Tensor) -> Tensor:
     "Moments live where their parameter lives; AdamW's step counter stays on the CPU unless the update is fused."
     return value.to(p.device) if value.ndim or p.is_cuda else value
 
-# %% ../nbs/06_train.ipynb #1e872196
-def make_accelerator(precision:str="no"):
+# %% ../nbs/06_train.ipynb #81bc84e6
+def make_accelerator(
+    precision:str="no", # mixed precision of the forward pass: no | bf16 | fp16
+): # accelerate.Accelerator
     "An Accelerator with the given mixed precision; a later call may ask for another one."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -282,7 +284,7 @@ def clear_checkpoint(
     "Remove the checkpoint of a run whose result is safely saved."
     (Path(folder)/"checkpoint.safetensors").unlink(missing_ok=True)
 
-# %% ../nbs/06_train.ipynb #179b31e8
+# %% ../nbs/06_train.ipynb #e3a75941
 class SpanObjective(nn.Module):
     "Lambda * TF + (1 - lambda) * AR of `model` on the states start..end."
     def __init__(
@@ -297,7 +299,11 @@ class SpanObjective(nn.Module):
         self.model, self.start, self.config = model, start, config
         self.loss = StateLoss(config.loss, tuple(config.token_weights), num_prefix, has_cls)
 
-    def forward(self, states:Tensor, step:int) -> dict[str, Tensor]:
+    def forward(self,
+        states:Tensor, # (B, n+1, N, D) true states start..start+n
+        step:int, # 0-based; lambda and the noise follow from it
+    ) -> dict[str, Tensor]: # scalars: loss, and tf and ar where they were computed
+        "The losses of a batch at a step."
         c = self.config
         weight = teacher_weight(step, c.steps, c.anneal, c.forcing)
         inputs = self._noisy(states, step) if c.noise else states
