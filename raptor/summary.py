@@ -6,13 +6,11 @@
 __all__ = ['PAPER_ORDER', 'STYLE', 'EXECUTED', 'item_names', 'show_item', 'study_facts', 'write_page', 'executed_copy',
            'store_outputs', 'collect']
 
-# %% ../nbs/12_summary.ipynb #c110ba2e
+# %% ../nbs/12_summary.ipynb #5d5b6a5c
 import html
 from pathlib import Path
 
-import nbformat
 import pandas as pd
-from IPython.display import Markdown, display
 
 from .core import RaptorError, atomic_path, paper_root
 from .results import Results, show_score
@@ -26,12 +24,14 @@ def item_names() -> list[str]:
     there = {p.stem for p in paper_root().glob("*.ipynb") if p.stem.startswith(("tab_", "fig_"))}
     return [n for n in PAPER_ORDER if n in there] + sorted(there - set(PAPER_ORDER))
 
-# %% ../nbs/12_summary.ipynb #06711b6f
+# %% ../nbs/12_summary.ipynb #d5d2700a
 def show_item(
     results:Results, # the study
     name:str, # an item, e.g. tab_probes
 ) -> None:
     "Display the words and outputs of an executed item notebook, or that it was not run."
+    import nbformat
+    from IPython.display import Markdown, display
     path = results.folder/"notebooks"/f"{name}.ipynb"
     if not path.exists(): return display(Markdown(f"## {name}\n\nnot run: `raptor reproduce --preset {results.preset.name} --only {name}`"))
     for cell in nbformat.read(path, 4).cells:
@@ -44,6 +44,7 @@ def _one_level_down(source:str) -> str:
 
 def _show_outputs(cell):
     "Show the tables and pictures of an executed cell."
+    from IPython.display import display
     for output in cell.outputs:
         if output.output_type not in ("execute_result", "display_data"): continue
         data = {k: v for k, v in output.data.items() if k in ("text/html", "image/png")}
@@ -96,7 +97,7 @@ def write_page(
     with atomic_path(page) as t: t.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n', encoding="utf-8")
     return Path(page)
 
-# %% ../nbs/12_summary.ipynb #8bb72812
+# %% ../nbs/12_summary.ipynb #c6165719
 EXECUTED = {"train_block": "blocks", "train_raptor": "raptors", "train_probe": "probes"}
 
 def executed_copy(
@@ -109,7 +110,7 @@ def executed_copy(
 
 def _plain(output):
     "An output without its counter and metadata."
-    if "metadata" in output: output.metadata = nbformat.from_dict({})
+    if "metadata" in output: output.metadata.clear()
     if output.output_type == "execute_result": output.execution_count = None
     return output
 
@@ -118,6 +119,7 @@ def store_outputs(
     executed:str|Path, # executed copy with the same cells
 ) -> None:
     "Copy outputs from an executed copy into its source, by cell, without counters, clocks and warnings."
+    import nbformat
     notebook, ran = nbformat.read(source, 4), {c.id: c for c in nbformat.read(executed, 4).cells if c.cell_type == "code"}
     for cell in notebook.cells:
         if cell.cell_type != "code": continue

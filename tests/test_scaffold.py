@@ -286,6 +286,10 @@ def test_package_imports_without_its_tools():
     names = call(sys.executable, "-c", BLOCKED.format(blocked=blocked)).split()
     assert names == sorted(p.stem for p in (ROOT/"raptor").glob("*.py") if p.stem != "__init__")
 
+def test_the_command_starts_without_torch():
+    "Snakemake starts the command once a job, and `raptor --help` should not take seconds."
+    assert call(sys.executable, "-c", "import sys, raptor.pipeline; print('torch' in sys.modules)").strip() == "False"
+
 PAPER_DATA = {"Snakefile", "presets", "published"}
 
 @pytest.fixture(scope="module")
