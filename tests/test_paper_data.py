@@ -201,7 +201,9 @@ def test_jitter_is_on_in_training_only_and_repeatable(nyu):
     item = data[0]
     assert torch.equal(item["image"], load_dataset("nyuv2", "train", "depth", root=nyu)[0]["image"])
     batch = next(iter(DataLoader(data, batch_size=2, num_workers=2)))
-    assert torch.equal(batch["image"][0], item["image"]) and not torch.equal(batch["image"][1], item["image"])
+    # contrast is about a mean, and a mean differs in its last bit with the number of threads: a worker has one
+    torch.testing.assert_close(batch["image"][0], item["image"], rtol=0, atol=1e-6)
+    assert not torch.allclose(batch["image"][1], item["image"], rtol=0, atol=1e-2)
     plain = load_dataset("nyuv2", "train", "depth", root=nyu, train_transform=False)
     plain.set_epoch(9)
     assert torch.equal(plain[0]["image"], load_dataset("nyuv2", "val", "depth", root=nyu)[0]["image"])
