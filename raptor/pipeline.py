@@ -36,7 +36,7 @@ def notebook_parameters(
     path = paper_root()/f"{check_name(name, notebook_names(), 'notebook')}.ipynb"
     return {k: v["default"] for k, v in inspect_notebook(str(path)).items()}
 
-# %% ../nbs/13_pipeline.ipynb #d7a018f2
+# %% ../nbs/13_pipeline.ipynb #f3bb1719
 def run_notebook(
     name:str, # a notebook of the paper
     parameters:dict, # values for its parameters cell
@@ -50,7 +50,7 @@ def run_notebook(
     try:
         with atomic_path(output) as t:
             try: papermill.execute_notebook(str(paper_root()/f"{name}.ipynb"), str(t), parameters=parameters, kernel_name="python3", progress_bar=False, cwd=str(output.parent),
-                                                      extra_arguments=["--IPKernelApp.log_level=ERROR"]) # it warns about its transport at every start
+                                                      extra_arguments=["--IPKernelApp.log_level=CRITICAL"]) # it warns about its transport at every start
             except papermill.PapermillExecutionError as e:
                 shutil.move(t, failed)
                 raise RaptorError(f"{name} failed: {_sentence(e)} (the executed notebook is {failed})") from e
@@ -123,9 +123,9 @@ def reproduce(
                 "--cores", str(cores or usable_cores()), *SNAKEMAKE, *(["--dry-run"] if dry_run else []), *(["--profile", profile] if profile else [])]
         return _snakemake(argv)
 
-# %% ../nbs/13_pipeline.ipynb #a8a0f7c6
+# %% ../nbs/13_pipeline.ipynb #fc1d134a
 # Our own lock replaces Snakemake's, which a killed process would leave behind.
-SNAKEMAKE = ["--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "--scheduler", "greedy", "--keep-going", "--quiet", "host", "reason", "rules"]
+SNAKEMAKE = ["--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "--scheduler", "greedy", "--keep-going", "--quiet", "all"]
 
 def usable_cores() -> int:
     "The cores that this process may use."
@@ -166,21 +166,25 @@ def reproduce_command(
     page = study_folder(load_preset(preset), home)/"summary.html"
     print(f"done in {time.time() - started:.0f} s: {page}" if page.exists() and not only else f"done in {time.time() - started:.0f} s: {page.parent}")
 
-# %% ../nbs/13_pipeline.ipynb #8f74963b
-def describe_runs(preset:str|Path, replicas:int|None=None, home:str|Path|None=None) -> str:
+# %% ../nbs/13_pipeline.ipynb #d1fd6659
+def describe_runs(
+    preset:str|Path, # a preset's name, or a path to a YAML file
+    replicas:int|None=None, # instead of the preset's
+    home:str|Path|None=None, # root of all studies
+) -> str: # one line a run, and a line with their number and cost
     "The runs of a study with their seeds, as text: what `--dry-run` prints."
     spec = load_preset(preset)
     spec = replace(spec, replicas=replicas) if replicas else spec
     if (ends := study_ends(spec, home)) is None:
         return f"{spec.name}: {', '.join(STAGES[:3])}; then blocks, Raptors and probes for k = {spec.phases.ks}, once the phases are known."
     runs = all_runs(spec, ends).values()
-    lines = [f"{r.kind:7}{r.name:28}" + ("done " if (study_folder(spec, home)/r.folder).glob("result.csv") and (study_folder(spec, home)/r.folder/"result.csv").exists() else "     ")
+    lines = [f"{r.kind:7}{r.name:28}" + ("done " if (study_folder(spec, home)/r.folder/"result.csv").exists() else "     ")
              + ", ".join(f"{k}={v}" for k, v in r.params.items()) for r in runs]
     counts = ", ".join(f"{sum(r.kind == kind for r in runs)} {kind} runs" for kind in ("block", "raptor", "probe"))
     costs = ", ".join(f"{k} {v}" for k, v in spec.resources.items())
     return "\n".join([*lines, f"{spec.name}: {counts}; data {spec.data.name}; {costs or 'cost not stated'}"])
 
-# %% ../nbs/13_pipeline.ipynb #27897c59
+# %% ../nbs/13_pipeline.ipynb #2b43ee92
 @app.command("run")
 def run_command(
     name:Annotated[str, typer.Argument(help="A notebook of the paper, e.g. train_block or fig_similarity.")],
@@ -194,8 +198,10 @@ def run_command(
     spec, values = load_preset(preset), dict(_parse(p) for p in param or ())
     os.environ.update(RAPTOR_HOME=str(home_root(home)), RAPTOR_PROGRESS="0", OMP_WAIT_POLICY="passive")
     output, started = output or study_folder(spec, home)/"notebooks"/f"{name}.ipynb", time.time()
+    title = " ".join([name, *(f"{k}={v}" for k, v in values.items())])
+    print(f"{time.strftime('%H:%M:%S')}  {title} ...", flush=True)
     run_notebook(name, {"preset": str(preset), **values}, output)
-    print(f"{name} {' '.join(f'{k}={v}' for k, v in values.items())}: {time.time() - started:.0f} s", flush=True)
+    print(f"{time.strftime('%H:%M:%S')}  {title}: done in {time.time() - started:.0f} s", flush=True)
 
 def _parse(text:str) -> tuple:
     "NAME=VALUE, the value read as YAML."
