@@ -25,7 +25,7 @@ from .phases import FragmentedPhases, Phases
 
 _all_ = ["RecurrentBlock", "flop_matched_hidden", "save_block", "load_block"]
 
-# %% ../nbs/05_model.ipynb #f67a8f86
+# %% ../nbs/05_model.ipynb #b8504522
 class Raptor(Recurrence):
     "k recurrent blocks in place of L layers; raises `RaptorError` if the blocks do not fit the phases or each other."
     def __init__(self,
@@ -62,16 +62,25 @@ class Raptor(Recurrence):
         self.check_span(int(t) - 1, int(t))
         return self.blocks[self.assignment[int(t) - 1]](x, t)
 
-    def forward(self, state0:Tensor) -> Tensor: return self.advance(state0)
+    def forward(self,
+        state0:Tensor, # (B, N, D)
+    ) -> Tensor: # (B, N, D) state L
+        "All L steps."
+        return self.advance(state0)
 
-    def check_span(self, start, end):
-        "The end of a span, L if it is None."
+    def check_span(self,
+        start:int, # index of the first state
+        end:int|None, # index of the last state; None: L
+    ) -> int: # 0..L
+        "The end of a span; raises `RaptorError` if it does not lie in 0..L."
         end = self.depth if end is None else end
         if not 0 <= start <= end <= self.depth: raise RaptorError(f"a Raptor of {self.depth} layers cannot go from state {start} to state {end}; give 0 <= start <= end <= {self.depth}.")
         return end
 
-    def flops(self, tokens:int) -> int:
-        "Floating-point operations of all L steps on one image of `tokens` tokens, matrix products only."
+    def flops(self,
+        tokens:int, # N, prefix and patches
+    ) -> int: # on one image
+        "Floating-point operations of all L steps, matrix products only."
         return sum(block_flops(self.blocks[j].config, tokens) for j in self.assignment)
 
 # %% ../nbs/05_model.ipynb #e260326b
@@ -93,7 +102,7 @@ def predict_next(self:Raptor,
 
 Raptor.predict_next = predict_next
 
-# %% ../nbs/05_model.ipynb #4bd58a06
+# %% ../nbs/05_model.ipynb #c7a555c2
 class RaptorBackbone(nn.Module):
     "A Raptor between its teacher's embedding and final norm; raises `RaptorError` if the two have different depth or width."
     def __init__(self,
@@ -106,29 +115,47 @@ class RaptorBackbone(nn.Module):
             if ours != theirs: raise RaptorError(f"the Raptor has {what} {ours} and the backbone {getattr(backbone, 'name', 'given')} has {what} {theirs}; use the backbone that the Raptor was trained on.")
         self.backbone, self.raptor = backbone, raptor
 
-    def embed(self, images:Tensor) -> Tensor:
-        "Images (B, 3, H, W) to state 0 (B, N, D), by the teacher."
+    def embed(self,
+        images:Tensor, # (B, 3, H, W), normalised as the teacher wants them
+    ) -> Tensor: # (B, N, D) state 0
+        "State 0, by the teacher."
         return self.backbone.embed(images)
 
-    def advance(self, state:Tensor, start:int=0, end:int|None=None) -> Tensor:
-        "From state `start` to state `end`, by the recurrent blocks."
+    def advance(self,
+        state:Tensor, # (B, N, D) state `start`
+        start:int=0, # index of that state
+        end:int|None=None, # index of the last state; None: L
+    ) -> Tensor: # (B, N, D) state `end`
+        "The last state alone, by the recurrent blocks."
         return self.raptor.advance(state, start, end)
 
-    def states(self, state:Tensor, start:int=0, end:int|None=None):
-        "States start+1..end, one after another."
+    def states(self,
+        state:Tensor, # (B, N, D) state `start`
+        start:int=0, # index of that state
+        end:int|None=None, # index of the last state; None: L
+    ): # iterator of Tensors (B, N, D): states start+1..end
+        "One state after another."
         return self.raptor.states(state, start, end)
 
-    def trajectory(self, images:Tensor, start:int=0, end:int|None=None) -> Tensor:
-        "States start..end of the Raptor's own run from state 0, (B, end-start+1, N, D)."
+    def trajectory(self,
+        images:Tensor, # (B, 3, H, W), normalised as the teacher wants them
+        start:int=0, # index of the first state to keep
+        end:int|None=None, # index of the last state; None: L
+    ) -> Tensor: # (B, end-start+1, N, D)
+        "States start..end of the Raptor's own run from state 0."
         self.raptor.check_span(start, end)
         return self.raptor.rollout(self.advance(self.embed(images), 0, start), start, end)
 
-    def norm(self, state:Tensor) -> Tensor:
+    def norm(self,
+        state:Tensor, # (..., N, D)
+    ) -> Tensor: # (..., N, D)
         "The teacher's final norm."
         return self.backbone.norm(state)
 
-    def features(self, images:Tensor) -> Tensor:
-        "Images to the normed last state (B, N, D)."
+    def features(self,
+        images:Tensor, # (B, 3, H, W), normalised as the teacher wants them
+    ) -> Tensor: # (B, N, D)
+        "The normed last state: what a probe reads."
         return self.norm(self.advance(self.embed(images)))
 
     def cls(self, state:Tensor) -> Tensor: return self.backbone.cls(state)
