@@ -224,7 +224,7 @@ def plain_attention(
     finally:
         for m in modules: m.fused_attn = True
 
-# %% ../nbs/07_probes.ipynb #63b205bd
+# %% ../nbs/07_probes.ipynb #863793ac
 def train_teacher(
     backbone, # a Backbone; trained in place and frozen again
     train, # split of task "all"
@@ -234,11 +234,12 @@ def train_teacher(
     num_classes:dict, # {task: number of classes}
     settings:dict|None=None, # {task: settings of its head}
     weights:dict|None=None, # {task: weight of its loss}
+    heads:dict|None=None, # {task: head}, to be looked at on the way; None: new ones
     evaluate=None, # evaluate(step) -> dict of numbers
     workers:int=0, # processes that fetch images
 ) -> tuple[dict, pd.DataFrame]: # {task: head}, the history
     "Train a backbone jointly on classification, segmentation and depth."
-    heads = nn.ModuleDict({n: probe_task(n).make_head(backbone, c, **(settings or {}).get(n, {})) for n, c in num_classes.items()})
+    heads = nn.ModuleDict(heads or {n: probe_task(n).make_head(backbone, c, **(settings or {}).get(n, {})) for n, c in num_classes.items()})
     made_for = [backbone.name, train.fingerprint, sorted(num_classes), settings, weights]
     with plain_attention(backbone, config.precision):
         try: history = _fit_heads(backbone.unfreeze(), heads, train, config, folder, evaluate, made_for, weights, workers)
