@@ -6,9 +6,17 @@ import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 
 import raptor.activations as activations
-from raptor.activations import BatchPlan, CachedTrajectories, LiveTrajectories, estimate_cache, estimate_cache_bytes, write_cache
+from raptor.activations import BatchPlan, CachedTrajectories, LiveTrajectories, estimate_cache, estimate_cache_bytes
 from raptor.backbone import Backbone
 from raptor.core import RaptorError
+
+
+def zarr_or_skip(): return pytest.importorskip("zarr", reason="a cache is written by zarr 3, which has no release for Python 3.10")
+
+def write_cache(*args, **kwargs):
+    "The package's own; what needs a cache is skipped where none can be written."
+    zarr_or_skip()
+    return activations.write_cache(*args, **kwargs)
 
 
 class Noise(torch.utils.data.Dataset):
@@ -129,7 +137,7 @@ def test_autocast_and_dtype(backbone):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_cached_equals_live_up_to_16_bits_and_zarr_reads_it(backbone, tmp_path, dtype):
-    import zarr
+    zarr = zarr_or_skip()
     live = LiveTrajectories(backbone, Noise())
     cached = write_cache(backbone, Noise(), tmp_path/"c", dtype=dtype, chunk_images=8, batch_size=8)
     exact = torch.cat(list(live.batches(8)))

@@ -89,6 +89,7 @@ def test_an_unknown_backbone_is_told_through_the_notebook(tmp_path):
 
 
 def test_k_larger_than_the_depth(tmp_path):
+    pytest.importorskip("zarr", reason="the smoke study keeps a cache, and zarr 3 has no release for Python 3.10")
     preset = tiny(tmp_path)
     assert raptor("run", "train_teacher", "--preset", preset, home=tmp_path).returncode == 0
     assert raptor("run", "cache_activations", "--preset", preset, home=tmp_path).returncode == 0
@@ -117,6 +118,7 @@ def start(preset, home):
 @pytest.mark.timeout(180)
 def test_killed_anywhere_it_goes_on_and_does_nothing_twice(tmp_path):
     "kill -9 of the command while the teacher trains, a restart, and a third start that finds nothing to do."
+    for needed in ("snakemake", "zarr"): pytest.importorskip(needed, reason=f"{needed} has no release that fits for Python 3.10")
     preset, home = tiny(tmp_path), tmp_path/"home"
     values = yaml.safe_load(preset.read_text()); values["teacher"]["train"].update(steps=60, checkpoint_every=3); preset.write_text(yaml.safe_dump(values))
     first = start(preset, home)
