@@ -8,7 +8,7 @@ __all__ = ['STAGES', 'MAIN_ITEMS', 'SNAKEMAKE', 'app', 'PresetOption', 'HomeOpti
            'reproduce_command', 'describe_runs', 'run_command', 'page_command', 'collect_command', 'presets_command',
            'doctor_command', 'doctor', 'main']
 
-# %% ../nbs/13_pipeline.ipynb #0cbe52e6
+# %% ../nbs/13_pipeline.ipynb #1197ebf4
 import fcntl, os, shutil, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +18,7 @@ from typing import Annotated, Optional
 import typer
 import yaml
 
+from .controls import control_runs
 from .core import RaptorError, atomic_path, check_name, check_writable, data_root, home_root, paper_root
 from .presets import all_runs, load_preset, preset_names, preset_path, study_ends, study_folder
 from .summary import item_names
@@ -71,9 +72,9 @@ def leave_with_parent():
         os._exit(143)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/13_pipeline.ipynb #e0c9e137
-# The main job; the other items of the paper come with --all.
-STAGES = ("train_teacher", "cache_activations", "find_phases", "train_block", "train_raptor", "train_probe")
+# %% ../nbs/13_pipeline.ipynb #eb544a88
+# MAIN_ITEMS are the main job; the other items of the paper, and the runs of train_control, come with --all.
+STAGES = ("train_teacher", "cache_activations", "find_phases", "train_block", "train_raptor", "train_probe", "train_control")
 MAIN_ITEMS = ("tab_probes", "tab_segmentations", "fig_similarity", "fig_accuracy_r2")
 
 # %% ../nbs/13_pipeline.ipynb #f2e42c52
@@ -123,7 +124,7 @@ def reproduce(
                 "--cores", str(cores or usable_cores()), *SNAKEMAKE, *(["--dry-run"] if dry_run else []), *(["--profile", profile] if profile else [])]
         return _snakemake(argv)
 
-# %% ../nbs/13_pipeline.ipynb #fc1d134a
+# %% ../nbs/13_pipeline.ipynb #326f161f
 # Our own lock replaces Snakemake's, which a killed process would leave behind.
 SNAKEMAKE = ["--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "--scheduler", "greedy", "--keep-going", "--quiet", "all"]
 
@@ -133,7 +134,8 @@ def usable_cores() -> int:
 
 def _snakemake(argv:list[str]) -> int:
     "Call Snakemake in this process; its exit status."
-    from snakemake.cli import main
+    try: from snakemake.cli import main
+    except ImportError as e: raise RaptorError("a study is run by Snakemake 9, which is not installed here (it needs Python 3.11 or later); `raptor run` executes single notebooks without it.") from e
     try: main(argv)
     except SystemExit as e: return int(e.code or 0)
     return 0
@@ -144,7 +146,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 PresetOption = Annotated[str, typer.Option("--preset", "-p", help="A preset's name (see `raptor presets`), or a path to a YAML file.")]
 HomeOption = Annotated[Optional[Path], typer.Option("--home", help="Root of all studies; default RAPTOR_HOME, or ~/raptor-runs.")]
 
-# %% ../nbs/13_pipeline.ipynb #94c9b9dd
+# %% ../nbs/13_pipeline.ipynb #45ea91bb
 @app.command("reproduce")
 def reproduce_command(
     preset:PresetOption="digits",
@@ -160,27 +162,28 @@ def reproduce_command(
 
     Interrupt it at any time and start it again: it goes on where it was. It ends with a page of every table and figure."""
     started = time.time()
-    if dry_run: return print(describe_runs(preset, replicas, home))
+    if dry_run: return print(describe_runs(preset, replicas, home, all_items))
     status = reproduce(preset, tuple(only or ()), all_items=all_items, replicas=replicas, cores=cores, profile=profile, home=home)
     if status: raise RaptorError("the study is not finished (see above); start the same command again to go on.")
     page = study_folder(load_preset(preset), home)/"summary.html"
     print(f"done in {time.time() - started:.0f} s: {page}" if page.exists() and not only else f"done in {time.time() - started:.0f} s: {page.parent}")
 
-# %% ../nbs/13_pipeline.ipynb #d1fd6659
+# %% ../nbs/13_pipeline.ipynb #3dc9424b
 def describe_runs(
     preset:str|Path, # a preset's name, or a path to a YAML file
     replicas:int|None=None, # instead of the preset's
     home:str|Path|None=None, # root of all studies
+    all_items:bool=False, # with the runs that `--all` adds
 ) -> str: # one line a run, and a line with their number and cost
     "The runs of a study with their seeds, as text: what `--dry-run` prints."
     spec = load_preset(preset)
     spec = replace(spec, replicas=replicas) if replicas else spec
     if (ends := study_ends(spec, home)) is None:
         return f"{spec.name}: {', '.join(STAGES[:3])}; then blocks, Raptors and probes for k = {spec.phases.ks}, once the phases are known."
-    runs = all_runs(spec, ends).values()
-    lines = [f"{r.kind:7}{r.name:28}" + ("done " if (study_folder(spec, home)/r.folder/"result.csv").exists() else "     ")
+    runs = [*all_runs(spec, ends).values(), *(control_runs(spec, ends).values() if all_items else ())]
+    lines = [f"{r.kind:8}{r.name:28}" + ("done " if (study_folder(spec, home)/r.folder/"result.csv").exists() else "     ")
              + ", ".join(f"{k}={v}" for k, v in r.params.items()) for r in runs]
-    counts = ", ".join(f"{sum(r.kind == kind for r in runs)} {kind} runs" for kind in ("block", "raptor", "probe"))
+    counts = ", ".join(f"{sum(r.kind == kind for r in runs)} {kind} runs" for kind in ("block", "raptor", "probe", "control") if all_items or kind != "control")
     costs = ", ".join(f"{k} {v}" for k, v in spec.resources.items())
     return "\n".join([*lines, f"{spec.name}: {counts}; data {spec.data.name}; {costs or 'cost not stated'}"])
 
