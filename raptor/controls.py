@@ -30,7 +30,7 @@ def control_seed(
     "The seed that all controls of a replica share, so that they differ in what they are about and in nothing else."
     return preset.seeds.get("control", 2000) + replica
 
-# %% ../nbs/10c_controls.ipynb #e6bec737
+# %% ../nbs/10c_controls.ipynb #c258f43d
 STEPS = 312_500 # of a stage where the preset says nothing; the default of `FitConfig`, which needs torch to be read
 
 ABLATION = {"tf": "TF only", "ar": "+ AR (annealed)", "depth": "+ depth scaling", "weighting": "+ cls weighting", "stage2": "+ stage 2", "probe": "+ probe re-trained", "long": "stage 1 alone, steps of both"}
@@ -38,19 +38,18 @@ ABLATION = {"tf": "TF only", "ar": "+ AR (annealed)", "depth": "+ depth scaling"
 def ablation_runs(
     preset:Preset, # the study
     ends:dict, # {k: ends of the phases}
-) -> list[Run]: # those of its rows that the study does not train anyway
+) -> list[Run]: # two processes a replica, for those of its rows that the study does not train anyway
     "Stage 1 with less, and stage 1 for longer."
     phases, plain = Phases(ends[control_k(preset, ends)]), {"loss": preset.stage1.get("loss", "mse")}
-    flat = {"depth_scaling": False}
-    changes = {"tf": ({**plain, "forcing": "teacher"}, flat), "ar": (plain, flat), "depth": (plain, {}),
-               "long": ({"steps": preset.stage1.get("steps", STEPS) + preset.stage2.get("steps", STEPS)}, {})}
+    less = {"tf": {"stage1": {**plain, "forcing": "teacher"}, "block": {"depth_scaling": False}},
+            "ar": {"stage1": plain, "block": {"depth_scaling": False}}, "depth": {"stage1": plain}}
+    more = {"long": {"stage1": {"steps": preset.stage1.get("steps", STEPS) + preset.stage2.get("steps", STEPS)}}}
     seeds = {r.name: r.params["seed"] for r in block_runs(preset, ends)}
     names = lambda replica: [f"{s}-{e}-r{replica}" for s, e in phases.spans]
-    return [Run("control", f"ablation-{row}-r{r}", dict(partitions=[list(phases.assignment)], stage1=stage1, block=block, replica=r, seed=seeds[names(r)[0]]),
-                tuple(("block", n) for n in names(r)[:-1]) if row == "depth" else ())
-            for r in range(preset.replicas) for row, (stage1, block) in changes.items()]
+    return [Run("control", f"ablation-{name}-r{r}", dict(partitions=[list(phases.assignment)], ablation=rows, replica=r, seed=seeds[names(r)[0]]), needs)
+            for r in range(preset.replicas) for name, rows, needs in (("less", less, tuple(("block", n) for n in names(r)[:-1])), ("more", more, ()))]
 
-# %% ../nbs/10c_controls.ipynb #366cb1aa
+# %% ../nbs/10c_controls.ipynb #13432b1a
 def random_partitions(
     preset:Preset, # the study
     ends:dict, # {k: ends of the phases}
@@ -68,8 +67,8 @@ def partition_runs(
     "Random partitions, and the max-cut for each number of blocks."
     depth, spec = Phases(ends[control_k(preset, ends)]).depth, preset.controls
     ks = sorted({k for k in spec.ks if k <= depth} | {control_k(preset, ends)}) # the max-cut that the partitions are compared with
-    jobs = {kind: dict(partitions=[list(p.assignment) for p in some]) for kind, some in random_partitions(preset, ends).items() if some} | {"sweep": dict(ks=ks)}
-    return [Run("control", f"{name}-r{r}", dict(**what, train=spec.train, replica=r, seed=control_seed(preset, r))) for r in range(preset.replicas) for name, what in jobs.items()]
+    rivals = [list(p.assignment) for some in random_partitions(preset, ends).values() for p in some]
+    return [Run("control", f"partitions-r{r}", dict(partitions=rivals, ks=ks, train=spec.train, replica=r, seed=control_seed(preset, r))) for r in range(preset.replicas)]
 
 def teacher_runs(
     preset:Preset, # the study

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['one_stage_config', 'train_one_stage', 'train_stage1', 'assess', 'own_scores', 'test_images', 'Snapshot',
-           'train_snapshots', 'cached_source', 'order_accuracy', 'run_seconds']
+           'train_snapshots', 'cached_source', 'order_accuracy', 'shown_models', 'kinds_of', 'measure_models', 'curves',
+           'run_seconds']
 
-# %% ../nbs/11b_experiments.ipynb #81e69185
+# %% ../nbs/11b_experiments.ipynb #a916daa1
 import math, shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,11 +18,14 @@ import torch
 
 from .activations import write_cache
 from .block import load_block
-from .core import seed_everything, seed_for
-from .dynamics import advance_with_order, brh_epsilon
+from .controls import control_k
+from .core import RaptorError, seed_everything, seed_for
+from .dynamics import advance_with_order, brh_epsilon, token_kinds
 from .heads import probe_task
+from .intervals import by_group
 from .metrics import R2Meter
 from .model import Raptor, RaptorBackbone
+from .phases import Phases
 from .presets import block_runs
 from .probes import evaluate_heads, ordered_batches, train_teacher
 from .results import Results
@@ -182,6 +186,43 @@ def order_accuracy(
             right[i] += int((head(model.norm(last)).argmax(1).cpu() == target).sum())
         seen += len(target)
     return [r/seen for r in right]
+
+# %% ../nbs/11b_experiments.ipynb #2374545c
+def shown_models(
+    study:Study, # with a trained Raptor
+) -> tuple[dict, Phases]: # {"teacher": Backbone, "Raptor k=3": RaptorBackbone}, and the phases of the latter
+    "The teacher and the first replica of the Raptor with `control_k` blocks."
+    k = control_k(study.preset, study.ends)
+    return {"teacher": study.model(), f"Raptor k={k}": study.model(f"k{k}-r0")}, Phases(study.ends[k])
+
+def kinds_of(
+    model, # Backbone or RaptorBackbone
+) -> dict: # {"cls": slice, "register": slice, "patch": slice}; those that there are
+    "The token kinds of a model."
+    return token_kinds(model.num_prefix, model.has_cls, model.num_tokens)
+
+def measure_models(
+    study:Study, # with its preset
+    models:dict, # {name: model}
+    measure, # measure(trajectories (b, end+1, N, D), model) -> data frame
+    groups:int=16, # disjoint groups of test images
+    end:int|None=None, # last state of the trajectories; None: L
+) -> pd.DataFrame: # the frames below each other, with columns group and model
+    "Measure every model on the same groups of the preset's `controls: images` test images."
+    images = min(study.preset.controls.images, len(study.dataset("test")))
+    frames = [by_group(lambda batch: measure(batch, model), study.source("test", model, limit=images).batches(max(2, images//groups), end=end)).assign(model=name) for name, model in models.items()]
+    return pd.concat(frames, ignore_index=True)
+
+def curves(
+    frame:pd.DataFrame, # of `measure_models`, with columns layer, value
+    model:str, # a name in its column `model`
+    **where, # further columns and their values: token_kind="cls"
+): # (groups, layers) array
+    "One curve over the layers for each group of images."
+    some = frame[frame["model"] == model]
+    for column, value in where.items(): some = some[some[column] == value]
+    if some.empty: raise RaptorError(f"there are no rows of {model} with {where}; known models: {', '.join(frame['model'].unique())}.")
+    return some.pivot(index="group", columns="layer", values="value").to_numpy()
 
 # %% ../nbs/11b_experiments.ipynb #adc4a7b6
 def run_seconds(
