@@ -30,7 +30,7 @@ def control_seed(
     "The seed that all controls of a replica share, so that they differ in what they are about and in nothing else."
     return preset.seeds.get("control", 2000) + replica
 
-# %% ../nbs/10c_controls.ipynb #c258f43d
+# %% ../nbs/10c_controls.ipynb #dda417e5
 STEPS = 312_500 # of a stage where the preset says nothing; the default of `FitConfig`, which needs torch to be read
 
 ABLATION = {"tf": "TF only", "ar": "+ AR (annealed)", "depth": "+ depth scaling", "weighting": "+ cls weighting", "stage2": "+ stage 2", "probe": "+ probe re-trained", "long": "stage 1 alone, steps of both"}
@@ -46,7 +46,7 @@ def ablation_runs(
     more = {"long": {"stage1": {"steps": preset.stage1.get("steps", STEPS) + preset.stage2.get("steps", STEPS)}}}
     seeds = {r.name: r.params["seed"] for r in block_runs(preset, ends)}
     names = lambda replica: [f"{s}-{e}-r{replica}" for s, e in phases.spans]
-    return [Run("control", f"ablation-{name}-r{r}", dict(partitions=[list(phases.assignment)], ablation=rows, replica=r, seed=seeds[names(r)[0]]), needs)
+    return [Run("control", f"ablation-{name}-r{r}", dict(partitions=[list(phases.assignment)], ks=[], ablation=rows, replica=r, seed=seeds[names(r)[0]]), needs)
             for r in range(preset.replicas) for name, rows, needs in (("less", less, tuple(("block", n) for n in names(r)[:-1])), ("more", more, ()))]
 
 # %% ../nbs/10c_controls.ipynb #13432b1a

@@ -15,7 +15,7 @@ import pandas as pd
 
 from .core import RaptorError, seed_for
 
-# %% ../nbs/08c_intervals.ipynb #682bf8d8
+# %% ../nbs/08c_intervals.ipynb #781cc57c
 class Interval(NamedTuple):
     "An estimate and the ends of its interval."
     estimate:float
@@ -31,7 +31,8 @@ class Interval(NamedTuple):
         claim:str="above", # on which side of `null` the claim is: above | below
     ) -> str: # shown | not shown | the opposite; where there is no interval, the direction alone
         "What the interval says about a claim."
-        if not self.known: return "not run" if np.isnan(self.estimate) else f"one run, {'as' if (self.estimate > null) == (claim == 'above') else 'not as'} claimed"
+        holds = self.estimate > null if claim == "above" else self.estimate < null
+        if not self.known: return "not run" if np.isnan(self.estimate) else f"one run, {'as' if holds else 'not as'} claimed"
         if self.low <= null <= self.high: return "not shown"
         return "shown" if (self.low > null) == (claim == "above") else "the opposite"
 

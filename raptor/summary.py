@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER_ORDER', 'STYLE', 'EXECUTED', 'item_names', 'show_item', 'study_facts', 'write_page', 'executed_copy',
-           'store_outputs', 'collect']
+           'few_colours', 'store_outputs', 'collect']
 
 # %% ../nbs/12_summary.ipynb #5d5b6a5c
 import html
@@ -97,8 +97,8 @@ def write_page(
     with atomic_path(page) as t: t.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n', encoding="utf-8")
     return Path(page)
 
-# %% ../nbs/12_summary.ipynb #c6165719
-EXECUTED = {"train_block": "blocks", "train_raptor": "raptors", "train_probe": "probes"}
+# %% ../nbs/12_summary.ipynb #6b77bd1f
+EXECUTED = {"train_block": "blocks", "train_raptor": "raptors", "train_probe": "probes", "train_control": "controls"}
 
 def executed_copy(
     results:Results, # a study that has run
@@ -109,10 +109,24 @@ def executed_copy(
     return max(results.folder.glob(pattern), default=None)
 
 def _plain(output):
-    "An output without its counter and metadata."
+    "An output without its counter and metadata, its picture in few colours."
     if "metadata" in output: output.metadata.clear()
     if output.output_type == "execute_result": output.execution_count = None
+    if "image/png" in output.get("data", {}): output.data["image/png"] = few_colours(output.data["image/png"])
     return output
+
+def few_colours(
+    png:str, # a picture, base64
+    colours:int=128, # at most
+) -> str: # the smaller of the two pictures, base64
+    "The same picture with a palette: lines and letters look the same in a third of the bytes."
+    import base64, io
+    from PIL import Image
+    data, small = base64.b64decode(png), io.BytesIO()
+    picture = Image.open(io.BytesIO(data)).convert("RGBA")
+    paper = Image.new("RGBA", picture.size, "white")
+    Image.alpha_composite(paper, picture).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return base64.b64encode(min(data, small.getvalue(), key=len)).decode()
 
 def store_outputs(
     source:str|Path, # notebook whose outputs are replaced
@@ -126,7 +140,7 @@ def store_outputs(
         cell.execution_count, cell.outputs = None, [_plain(o) for o in (ran[cell.id].outputs if cell.id in ran else ()) if o.get("name") != "stderr"]
     with atomic_path(source) as t: nbformat.write(notebook, t)
 
-# %% ../nbs/12_summary.ipynb #3670d009
+# %% ../nbs/12_summary.ipynb #eba66794
 def collect(
     results:Results, # a study that has run
     folder:str|Path|None=None, # of the paper's notebooks; None: that of the checkout
@@ -136,7 +150,9 @@ def collect(
     kept = folder/"results"/results.preset.name
     for source in sorted(folder.glob("*.ipynb")):
         if executed := executed_copy(results, source.stem): store_outputs(source, executed); written.append(source)
-    for kind in ("teacher", *EXECUTED.values()):
+    trained = ["teacher"] if results.preset.teacher.train is not None else []
+    ran = [kind for kind in EXECUTED.values() if kind != "controls" or any(results.folder.glob("controls/*/result.csv"))] # they come with --all
+    for kind in (*trained, *ran):
         tables = results.load_tables(f"{kind}/result.csv" if kind == "teacher" else f"{kind}/*/result.csv")
         with atomic_path(kept/f"{kind}.csv") as t: tables.to_csv(t, index=False)
     for path in sorted([*results.folder.glob("results/*.csv"), *results.folder.glob("phases/*.csv"), *results.folder.glob("phases/*.json")]):
