@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['FRAME', 'FOCAL', 'DIGIT_HEIGHT', 'WALL', 'INK', 'NEAREST', 'FARTHEST', 'GAP', 'DATASETS', 'DatasetSpec',
-           'ImageDataset', 'random_table', 'shifted_crop', 'normalise', 'ArrayDataset', 'limited', 'digit_split',
-           'Digits', 'interpolation_matrix', 'render_scenes', 'draw_scenes', 'DigitScenes', 'DatasetInfo',
-           'open_dataset', 'load_dataset']
+           'ImageDataset', 'random_table', 'shifted_crop', 'normalise', 'ArrayDataset', 'limited', 'read_digits',
+           'digit_split', 'Digits', 'interpolation_matrix', 'render_scenes', 'draw_scenes', 'DigitScenes',
+           'DatasetInfo', 'open_dataset', 'load_dataset']
 
-# %% ../nbs/01_data.ipynb #756e5f33
+# %% ../nbs/01_data.ipynb #f064c8bb
+import importlib.util
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np, torch
 import torch.nn.functional as F
@@ -153,23 +155,34 @@ def limited(
     if spec.limit is None or spec.limit >= n: return np.arange(n)
     return np.sort(np.argsort(random_table(("limit", spec.kind, spec.split, spec.seed), n, 1)[:, 0])[:spec.limit])
 
-# %% ../nbs/01_data.ipynb #519de7b6
+# %% ../nbs/01_data.ipynb #d0e18b78
+def read_digits() -> tuple: # scans (1797, 8, 8) float64 in 0..16, classes (1797,) int64
+    "scikit-learn's digits, from the file inside the library: importing scikit-learn takes seconds, and nothing else of it is needed here."
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None: raise RaptorError("scikit-learn is not installed, and its digits are the data of this study; pip install scikit-learn.")
+    path = Path(spec.origin).parent/"datasets"/"data"/"digits.csv.gz"
+    if not path.exists(): # another version keeps them elsewhere
+        from sklearn.datasets import load_digits
+        return load_digits().images, load_digits().target
+    table = np.loadtxt(path, delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
+
+# %% ../nbs/01_data.ipynb #511013d1
 @lru_cache(maxsize=None)
 def digit_split(
     split:str, # "train", "val" or "test"
 ) -> tuple: # glyphs (n, 8, 8) float32 in 0..1, labels (n,) int64, positions (n,) in scikit-learn's set
     "The scanned digits of one split: 60, 15 and 25 % of each class, fixed once and for all."
-    from sklearn.datasets import load_digits
-    scans, order = load_digits(), random_table(("digit split",), 1797, 1)[:, 0]
+    (scans, classes), order = read_digits(), random_table(("digit split",), 1797, 1)[:, 0]
     chosen = []
     for digit in range(10):
-        mine = np.flatnonzero(scans.target == digit)
+        mine = np.flatnonzero(classes == digit)
         mine, n = mine[np.argsort(order[mine])], len(mine)
         cut = {"train": (0, 0.6), "val": (0.6, 0.75), "test": (0.75, 1)}[split]
         chosen.append(mine[round(cut[0]*n):round(cut[1]*n)])
     chosen = np.concatenate(chosen)
     chosen = chosen[np.argsort(order[chosen])] # classes mixed, so that any prefix is a fair sample
-    return torch.tensor(scans.images[chosen]/16, dtype=torch.float32), torch.tensor(scans.target[chosen]), torch.tensor(chosen)
+    return torch.tensor(scans[chosen]/16, dtype=torch.float32), torch.tensor(classes[chosen]), torch.tensor(chosen)
 
 # %% ../nbs/01_data.ipynb #ad815d20
 class Digits(ArrayDataset):

@@ -65,6 +65,12 @@ def test_normalised_training_sets_have_mean_0_and_std_1():
         assert torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])
 
 
+def test_the_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+    scans, classes = raptor.data.read_digits()
+    assert np.array_equal(scans, load_digits().images) and np.array_equal(classes, load_digits().target)
+
+
 # --- rendering ------------------------------------------------------------------------------------
 
 @pytest.fixture
