@@ -1,0 +1,233 @@
+"""The controls: which runs there are, what they are trained with, what is measured, and how a claim is judged."""
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raptor.block import save_block
+from raptor.controls import ABLATION, ablation_runs, control_k, control_runs, partition_runs, random_partitions, teacher_runs
+from raptor.core import RaptorError
+from raptor.cost import count_parameters, counted_flops, peak_memory, vit_block_flops
+from raptor.experiments import assess, cached_source, order_accuracy, own_scores, test_images as images_of, train_one_stage, train_snapshots, train_stage1
+from raptor.intervals import Interval, bootstrap, by_group, claim_table, mean_interval, over_groups, rank_correlation, share_interval
+from raptor.model import Raptor, RaptorBackbone
+from raptor.phases import FragmentedPhases, Phases
+from raptor.presets import block_runs, load_preset, preset_path
+from raptor.results import published
+from raptor.study import Study
+
+ENDS = {2: (7, 12), 3: (7, 10, 12), 4: (4, 7, 10, 12)}
+
+
+# ---- the list of runs
+
+def test_a_control_differs_in_what_it_is_about_and_shares_the_seeds_of_its_replica():
+    preset = replace(load_preset("digits"), replicas=2)
+    runs = control_runs(preset, ENDS)
+    assert len(runs) == 2*(2 + 1 + len(preset.controls.drop_paths))
+    for r in (0, 1):
+        ours = [run for run in runs.values() if run.params["replica"] == r]
+        assert {run.params["seed"] for run in ours if not run.name.startswith("ablation")} == {2000 + r}
+        first = next(b for b in block_runs(preset, ENDS) if b.name == f"0-7-r{r}")
+        assert {run.params["seed"] for run in ours if run.name.startswith("ablation")} == {first.params["seed"]}
+
+
+def test_one_more_replica_changes_no_run():
+    one, three = (control_runs(replace(load_preset("digits"), replicas=r), ENDS) for r in (1, 3))
+    assert all(three[name] == run for name, run in one.items())
+
+
+def test_the_ablation_has_the_papers_rows_under_the_papers_names():
+    assert list(published("ablation")["row"]) == [label for row, label in ABLATION.items() if row != "long"]
+    rows = {row: what for run in ablation_runs(load_preset("digits"), ENDS) for row, what in run.params["ablation"].items()}
+    assert set(rows) == {"tf", "ar", "depth", "long"}, "the other rows are runs of the study"
+    assert rows["tf"]["stage1"]["forcing"] == "teacher" and "forcing" not in rows["ar"]["stage1"]
+    assert rows["ar"]["block"] == {"depth_scaling": False} and "block" not in rows["depth"]
+    assert rows["long"]["stage1"]["steps"] == load_preset("digits").stage1["steps"] + load_preset("digits").stage2["steps"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 60), st.integers(0, 10), st.integers(0, 5))
+def test_random_partitions_are_rivals_of_the_max_cut(contiguous, fragmented, seed):
+    preset = load_preset("digits")
+    preset = replace(preset, controls=replace(preset.controls, contiguous=contiguous, fragmented=fragmented), seeds={**preset.seeds, "phases": seed})
+    found = random_partitions(preset, ENDS)
+    assert len(set(found["contiguous"])) == len(found["contiguous"]) == min(contiguous, math.comb(11, 2) - 1)
+    assert all(p.k == 3 and p.depth == 12 and p.ends != ENDS[3] for p in found["contiguous"])
+    assert len(found["fragmented"]) == fragmented and all(p.counts == (7, 3, 2) and p.ends is None for p in found["fragmented"])
+
+
+def test_k_beyond_the_depth_is_left_out_and_the_compared_k_is_always_there():
+    preset = load_preset("digits")
+    preset = replace(preset, controls=replace(preset.controls, ks=[1, 5, 40]))
+    assert partition_runs(preset, ENDS)[0].params["ks"] == [1, 3, 5]
+
+
+def test_which_k_is_compared():
+    preset = load_preset("digits")
+    assert control_k(preset, ENDS) == 3 and control_k(preset, {2: (4, 12), 4: (1, 2, 3, 12)}) == 4
+    with pytest.raises(RaptorError, match="k is 7, and the study has Raptors for k = \\[2, 3, 4\\]"): control_k(replace(preset, controls=replace(preset.controls, k=7)), ENDS)
+
+
+def test_a_study_without_a_teacher_of_its_own_trains_no_further_ones():
+    preset = load_preset("digits")
+    assert teacher_runs(replace(preset, teacher=replace(preset.teacher, train=None)), ENDS) == []
+    assert [r.params["snapshots"][0] == 0 for r in teacher_runs(preset, ENDS)] == [True, False, False], "all rates start from one network"
+
+
+def test_parameters_survive_the_command_line():
+    "The Snakefile writes NAME=VALUE with Python's repr, the command reads YAML."
+    for run in control_runs(load_preset("digits"), ENDS).values():
+        for key, value in run.params.items(): assert yaml.safe_load(f"{value}") == value, key
+
+
+# ---- tiny runs through the library
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    "The smoke preset cut to a few steps, with a teacher that was never trained and known phases."
+    home = tmp_path_factory.mktemp("home")
+    values = yaml.safe_load(preset_path("smoke").read_text())
+    values["data"].update(limit=64, test_limit=32)
+    values["activations"] = {"source": "live"}
+    values["phases"] = {"ks": [2], "ends": {2: [2, 6]}}
+    values["teacher"]["train"].update(steps=4, warmup=1)
+    for stage in ("stage1", "stage2"): values[stage].update(steps=4, warmup=1, batch_size=8)
+    path = home/"tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return Study.open(path, home)
+
+
+@pytest.fixture(scope="module")
+def snapshots(study): return train_snapshots(study, 0.3, 5, {"steps": 4}, steps=(0, 2))
+
+
+def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_snapshots_are_the_network_at_those_steps(study, snapshots):
+    kept, history = snapshots
+    assert [s.step for s in kept] == [0, 2, 4] and history.step.iloc[-1] == 4
+    (again, *_), _ = train_snapshots(study, 0.0, 5, {"steps": 1}, steps=(0,))
+    assert torch.equal(weights(kept[0].backbone), weights(again.backbone)), "every rate starts from the same weights"
+    assert not torch.equal(weights(kept[0].backbone), weights(kept[1].backbone)) and not torch.equal(weights(kept[1].backbone), weights(kept[2].backbone))
+    assert all(not p.requires_grad for s in kept for p in s.backbone.parameters()) and all(set(s.heads) == {"classification", "segmentation", "depth"} for s in kept)
+    short, _ = train_snapshots(study, 0.3, 5, {"steps": 4}, steps=())
+    assert torch.equal(weights(short[-1].backbone), weights(kept[-1].backbone)), "looking on the way changes nothing"
+
+
+def test_one_stage_trains_any_partition_and_the_seed_decides(study, snapshots):
+    backbone = snapshots[0][-1].backbone
+    source = cached_source(study, backbone, study.folder/"none", 32)
+    train = {"steps": 2, "batch_size": 8, "warmup": 1}
+    first, history = train_one_stage(study, backbone, source, FragmentedPhases((0, 1, 0, 1, 1, 0)), 7, train)
+    again, _ = train_one_stage(study, backbone, source, FragmentedPhases((0, 1, 0, 1, 1, 0)), 7, train)
+    other, _ = train_one_stage(study, backbone, source, FragmentedPhases((0, 1, 0, 1, 1, 0)), 8, train)
+    assert torch.equal(weights(first), weights(again)) and not torch.equal(weights(first), weights(other))
+    assert history.step.tolist() == [2] and "tf" in history, "annealed teacher forcing, although the preset's stage 2 is free"
+    assert not torch.equal(weights(first.blocks[0]), weights(first.blocks[1]))
+
+
+def test_a_block_that_does_not_differ_is_the_studys_own(study, snapshots):
+    backbone = snapshots[0][-1].backbone
+    source = cached_source(study, backbone, study.folder/"none", 32)
+    run = block_runs(study.preset, study.ends)[0]
+    own = study.new_block(backbone, 99)
+    save_block(study.folder/run.folder/"block.safetensors", own, (0, 2))
+    raptor, history = train_stage1(study, backbone, source, Phases((2, 6)), 0, {"loss": "mse"})
+    assert torch.equal(weights(raptor.blocks[0]), weights(own)), "read"
+    assert set(history.start) == {2}, "the last block has another loss here than in the study, and is trained"
+    flat, history = train_stage1(study, backbone, source, Phases((2, 6)), 0, {"loss": "mse"}, depth_scaling=False)
+    assert set(history.start) == {0, 2} and all(b.scaling is None for b in flat.blocks)
+    with pytest.raises(RaptorError, match="unknown key 'step'"): train_stage1(study, backbone, source, Phases((2, 6)), 0, {"step": 3})
+
+
+def test_what_is_measured_of_a_raptor(study, snapshots):
+    last = snapshots[0][-1]
+    source, labelled = images_of(study, 24, last.backbone)
+    assert source.num_images == len(labelled) == 24 and images_of(study, 10**6, last.backbone)[0].num_images == 32
+    raptor = Raptor([study.new_block(last.backbone, j) for j in range(2)], Phases((2, 6))).eval()
+    table = assess(raptor, source, batch_size=10)
+    true = next(source.batches(24))
+    error = (raptor.rollout(true[:, 0]) - true)[:, 1:].double()
+    assert np.allclose(table.query("measure == 'epsilon_absolute'").value, error.detach().flatten(2).norm(dim=2).mean(0), rtol=1e-5)
+    assert table.query("measure == 'epsilon_absolute_max'").value.item() == table.query("measure == 'epsilon_absolute'").value.max()
+    assert np.isclose(table.query("measure == 'r2_mean'").value.item(), table.query("measure == 'r2'").value.mean())
+    scores = own_scores(RaptorBackbone(last.backbone, raptor), last.heads, labelled)
+    assert {"own_top1", "own_miou", "own_rmse"} <= set(scores.measure) and own_scores(raptor, {}, labelled).empty
+
+
+def test_the_usual_order_scores_what_the_head_scores(study, snapshots):
+    last = snapshots[0][-1]
+    _, labelled = images_of(study, 32, last.backbone)
+    usual, swapped = (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 6, 5)
+    found = order_accuracy(last.backbone, last.heads["classification"], labelled, [usual, swapped, usual], batch_size=9)
+    top1 = own_scores(last.backbone, {"classification": last.heads["classification"]}, labelled).value.item()
+    assert found[0] == found[2] == pytest.approx(top1)
+
+
+# ---- intervals
+
+def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = [i.low <= 1 <= i.high for i in (bootstrap(np.mean, rng.exponential(size=60), draws=300, seed=s) for s in range(200))]
+    assert 0.88 <= np.mean(hits) <= 0.98
+
+
+def test_pairs_stay_together_and_the_seed_decides():
+    x = np.arange(30.)
+    paired = bootstrap(lambda a, b: np.mean(a - b), x, x + 2, paired=True)
+    assert paired == Interval(-2, -2, -2)
+    assert bootstrap(np.mean, x, seed=1) == bootstrap(np.mean, x, seed=1) != bootstrap(np.mean, x, seed=2)
+    with pytest.raises(RaptorError, match="equally long"): bootstrap(lambda a, b: 0, x, x[:-1], paired=True)
+
+
+def test_rank_correlation_is_that_of_the_ranks():
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(2, 50))
+    assert rank_correlation(x, y) == pytest.approx(pd.Series(x).rank().corr(pd.Series(y).rank()))
+    assert rank_correlation(x, np.exp(x)) == pytest.approx(1) and math.isnan(rank_correlation(x, x*0))
+
+
+@pytest.mark.parametrize("interval,null,side,word", [
+    (Interval(1, .5, 2), 0, "above", "shown"), (Interval(1, -.5, 2), 0, "above", "not shown"), (Interval(-1, -2, -.5), 0, "above", "the opposite"),
+    (Interval(-1, -2, -.5), 0, "below", "shown"), (Interval(.5, math.nan, math.nan), 0, "below", "one run, not as claimed"), (Interval(0, math.nan, math.nan), 0, "below", "one run, not as claimed"),
+])
+def test_the_word_follows_from_the_interval(interval, null, side, word):
+    assert claim_table({"x": (interval, null, side)}).verdict.item() == word
+
+
+def test_student_for_two_replicas_is_wide_and_many_are_normal():
+    assert mean_interval([0., 2.]).high == pytest.approx(1 + 12.706)
+    many = np.random.default_rng(0).normal(size=1000)
+    assert mean_interval(many).high - many.mean() == pytest.approx(1.96/1000**.5, rel=.05)
+    assert share_interval(0.0, 50) == Interval(0, 0, 0)
+
+
+def test_groups_are_weighted_by_what_they_hold():
+    groups = by_group(lambda b: pd.DataFrame({"layer": [0], "value": [b.mean()], "std": [0.0], "count": [len(b)]}), [np.ones(3), np.full(1, 5.)])
+    assert over_groups(groups, ["layer"]).value.item() == 2.0
+
+
+# ---- cost
+
+def test_operations_of_the_embedded_teacher_are_those_counted_by_hand():
+    study = Study.open("digits")
+    teacher = study.teacher(trained=False)
+    state = torch.zeros(1, teacher.num_tokens, teacher.dim)
+    assert counted_flops(teacher.advance, state, 0, 12) == 12*vit_block_flops(teacher.dim, teacher.num_tokens)
+    raptor = Raptor.create(Phases((5, 9, 12)), teacher.dim, teacher.num_heads)
+    assert counted_flops(raptor, state) == raptor.flops(teacher.num_tokens)
+    assert count_parameters(torch.nn.Linear(3, 4)) == 16
+
+
+def test_peak_memory_sees_what_is_freed_again():
+    def build(): torch.zeros(20_000_000).add_(1)
+    held = peak_memory(build)
+    assert math.isnan(held) or 70e6 < held < 200e6
