@@ -32,7 +32,9 @@ from .results import Results
 from .study import Study, make_config
 from .train import FitConfig, TrainConfig, train_raptor, train_span
 
-# %% ../nbs/11b_experiments.ipynb #742a33df
+# %% ../nbs/11b_experiments.ipynb #1789e1a3
+def _device(model): return next(model.parameters()).device
+
 def one_stage_config(
     study:Study, # with its preset
     seed:int, # order of the data, noise
@@ -52,10 +54,10 @@ def train_one_stage(
     **block, # settings of the blocks that differ from the preset's
 ) -> tuple[Raptor, pd.DataFrame]: # and the history
     "Train all blocks together from their start."
-    raptor = Raptor([study.new_block(backbone, seed_for("block", seed, j), **block) for j in range(phases.k)], phases)
+    raptor = Raptor([study.new_block(backbone, seed_for("block", seed, j), **block) for j in range(phases.k)], phases).to(_device(backbone))
     return raptor, train_raptor(source, raptor, one_stage_config(study, seed, settings), folder)
 
-# %% ../nbs/11b_experiments.ipynb #dad9aed4
+# %% ../nbs/11b_experiments.ipynb #d9dd2654
 def train_stage1(
     study:Study, # with its preset
     backbone, # the teacher
@@ -77,9 +79,9 @@ def train_stage1(
         blocks.append(study.new_block(backbone, seed, **block))
         history = train_span(source, blocks[-1], span, config, Path(folder)/"{}-{}".format(*span) if folder else None)
         histories.append(history.assign(start=span[0], end=span[1]))
-    return Raptor(blocks, phases), pd.concat(histories, ignore_index=True) if histories else pd.DataFrame({"step": [], "loss": []})
+    return Raptor(blocks, phases).to(_device(backbone)), pd.concat(histories, ignore_index=True) if histories else pd.DataFrame({"step": [], "loss": []})
 
-# %% ../nbs/11b_experiments.ipynb #072b4833
+# %% ../nbs/11b_experiments.ipynb #05eaec22
 @torch.no_grad()
 def assess(
     raptor, # Raptor, or anything with .rollout(state, start, end)
@@ -87,7 +89,7 @@ def assess(
     batch_size:int=128, # images of a rollout; the result does not depend on it
 ) -> pd.DataFrame: # measure ("r2", "r2_mean", "epsilon_absolute", "epsilon_relative"), layer (the maximum over layers has none), value
     "R2 and epsilon of a Raptor that starts from the true state 0."
-    meter, device = R2Meter(), next(raptor.parameters()).device
+    meter, device = R2Meter(), _device(raptor)
     def pairs():
         for states in source.batches(batch_size, device=device):
             rollout = raptor.rollout(states[:, 0], 0, source.depth)
@@ -108,18 +110,22 @@ def own_scores(
     scores = evaluate_heads(model, heads, dataset) if heads else {}
     return pd.DataFrame([{"measure": f"own_{m}", "value": v} for m, v in scores.items()], columns=["measure", "value"])
 
-# %% ../nbs/11b_experiments.ipynb #ab9439dd
+# %% ../nbs/11b_experiments.ipynb #42c82a9f
+def _task(study): # all tasks of the study's own teacher, or the one that it has
+    probes = study.preset.probes
+    return "classification" if study.preset.teacher.train is None else "all" if len(probes) > 1 else next(iter(probes))
+
 def test_images(
     study:Study, # with its preset
     limit:int|None=None, # None: all
     backbone=None, # whose trajectories; None: the study's teacher
 ) -> tuple: # trajectories, and the same images with targets
     "The test split as trajectories and as a data set, at most `limit` images of it."
-    task = "all" if study.preset.teacher.train else "classification"
+    task = _task(study)
     if limit is not None: limit = min(limit, len(study.dataset("test", task)))
     return study.source("test", backbone, limit=limit), study.dataset("test", task, **({"limit": limit} if limit else {}))
 
-# %% ../nbs/11b_experiments.ipynb #1a5f7c13
+# %% ../nbs/11b_experiments.ipynb #843c9b0c
 @dataclass(frozen=True)
 class Snapshot:
     "A teacher at a step of its training, with its heads as they then were."
@@ -138,11 +144,12 @@ def train_snapshots(
     spec, probes = replace(study.preset.teacher, drop_path=drop_path), study.preset.probes
     config = make_config(FitConfig, {**asdict(study.teacher_config()), **(settings or {}), "seed": seed, "checkpoint_every": 0}, f"preset {study.preset.name}: controls: teacher")
     steps = sorted({s for s in steps if 0 <= s < config.steps} | {config.steps})
-    train = study.dataset("train", "all", train_transform=True)
+    train = study.dataset("train", _task(study), train_transform=True)
+    classes = train.num_classes if isinstance(train.num_classes, dict) else {_task(study): train.num_classes}
     def new():
         seed_everything(seed)
         backbone = study.teacher(spec, trained=False)
-        return backbone, {t: probe_task(t).make_head(backbone, train.num_classes.get(t), **p.head) for t, p in probes.items()}
+        return backbone, {t: probe_task(t).make_head(backbone, classes.get(t), **p.head) for t, p in probes.items()}
     (backbone, heads), kept = new(), []
     def keep(step):
         if step not in steps: return {}
@@ -151,7 +158,9 @@ def train_snapshots(
         kept.append(Snapshot(step, other.freeze(), {t: h.eval() for t, h in copies.items()}))
         return {}
     if 0 in steps: keep(0)
-    _, history = train_teacher(backbone, train, replace(config, eval_every=math.gcd(*steps)), num_classes=train.num_classes, heads=heads, weights=spec.train.get("loss_weights"), evaluate=keep)
+    _, history = train_teacher(backbone, train, replace(config, eval_every=math.gcd(*steps)), num_classes=classes, heads=heads, weights=spec.train.get("loss_weights"), evaluate=keep)
+    for s in kept: # where the training was
+        for module in (s.backbone, *s.heads.values()): module.to(_device(backbone))
     return kept, history
 
 def cached_source(
@@ -165,7 +174,7 @@ def cached_source(
     shutil.rmtree(folder, ignore_errors=True)
     return write_cache(backbone, study.dataset("train", limit=limit), folder, dtype=study.preset.activations.dtype)
 
-# %% ../nbs/11b_experiments.ipynb #492afc4d
+# %% ../nbs/11b_experiments.ipynb #9caf9660
 @torch.no_grad()
 def order_accuracy(
     model, # Backbone
@@ -175,7 +184,7 @@ def order_accuracy(
     batch_size:int=256, # images of a forward pass
 ) -> list[float]: # accuracy of each order
     "Top-1 accuracy of the head when the layers run in another order."
-    device, usual, right, seen = next(model.parameters()).device, tuple(range(1, model.depth + 1)), [0]*len(orders), 0
+    device, usual, right, seen = _device(model), tuple(range(1, model.depth + 1)), [0]*len(orders), 0
     for batch in ordered_batches(dataset, batch_size):
         target = batch["target"]["classification"] if isinstance(batch["target"], dict) else batch["target"]
         states = [model.embed(batch["image"].to(device))]
