@@ -111,7 +111,7 @@ def crop_window(
     rows, cols = round((h*w*scale/ratio)**0.5), round((h*w*scale*ratio)**0.5)
     return round((h - rows)*place[0]), round((w - cols)*place[1]), rows, cols
 
-# %% ../nbs/01c_paper_data.ipynb #605f535d
+# %% ../nbs/01c_paper_data.ipynb #3e2128e6
 def read_pairs(
     path:Path, # CSV file, two columns, no header
     folder:Path, # that the paths are relative to
@@ -125,6 +125,7 @@ def read_pairs(
             if not row: continue
             if len(row) != 2: raise RaptorError(f"{path} line {number} has {len(row)} columns instead of 2: image path, depth path.")
             for name in row:
+                if Path(name.strip()).is_absolute() or ".." in Path(name.strip()).parts: raise RaptorError(f"{path} line {number} names {name.strip()!r}, which leaves {folder}; paths in the list are relative to the data set's folder and stay inside it.")
                 if must_exist and not (folder/name.strip()).is_file(): raise RaptorError(f"{path} line {number} names {folder/name.strip()}, which does not exist; restore it or load with on_error='skip'.")
             pairs.append(tuple(name.strip() for name in row))
     return pairs

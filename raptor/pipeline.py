@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['STAGES', 'MAIN_ITEMS', 'SNAKEMAKE', 'app', 'PresetOption', 'HomeOption', 'notebook_names', 'notebook_parameters',
            'run_notebook', 'leave_with_parent', 'study_lock', 'study_config', 'reproduce', 'usable_cores',
-           'reproduce_command', 'describe_runs', 'run_command', 'page_command', 'collect_command', 'presets_command',
-           'doctor_command', 'doctor', 'main']
+           'reproduce_command', 'describe_runs', 'run_command', 'page_command', 'collect_command', 'cache_command',
+           'import_command', 'presets_command', 'doctor_command', 'doctor', 'main']
 
-# %% ../nbs/13_pipeline.ipynb #1197ebf4
-import fcntl, os, shutil, sys, threading, time
+# %% ../nbs/13_pipeline.ipynb #90b8c25d
+import fcntl, os, shutil, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,9 @@ import yaml
 
 from .controls import control_runs
 from .core import RaptorError, atomic_path, check_name, check_writable, data_root, home_root, paper_root
+from .needs import check_files, costs, describe_data, profile_path, run_needs
 from .presets import all_runs, load_preset, preset_names, preset_path, study_ends, study_folder
+from .processes import claimed_gpus, sigterm_for_kernels, visible_gpus
 from .summary import item_names
 
 # %% ../nbs/13_pipeline.ipynb #305a46ff
@@ -37,7 +39,7 @@ def notebook_parameters(
     path = paper_root()/f"{check_name(name, notebook_names(), 'notebook')}.ipynb"
     return {k: v["default"] for k, v in inspect_notebook(str(path)).items()}
 
-# %% ../nbs/13_pipeline.ipynb #f3bb1719
+# %% ../nbs/13_pipeline.ipynb #0b1309d0
 def run_notebook(
     name:str, # a notebook of the paper
     parameters:dict, # values for its parameters cell
@@ -49,7 +51,7 @@ def run_notebook(
         check_name(key, notebook_parameters(name), f"parameter of notebook {name}:")
     output, failed = Path(output), Path(output).with_suffix(".failed.ipynb")
     try:
-        with atomic_path(output) as t:
+        with atomic_path(output) as t, sigterm_for_kernels():
             try: papermill.execute_notebook(str(paper_root()/f"{name}.ipynb"), str(t), parameters=parameters, kernel_name="python3", progress_bar=False, cwd=str(output.parent),
                                                       extra_arguments=["--IPKernelApp.log_level=CRITICAL"]) # it warns about its transport at every start
             except papermill.PapermillExecutionError as e:
@@ -61,6 +63,7 @@ def run_notebook(
 
 def _sentence(error) -> str:
     "The last line of a notebook's error, without the exception's name where it is ours."
+    if error.ename == "SystemExit" and error.evalue == "143": return "it was asked to stop and has saved its checkpoint; start it again and it goes on"
     return f"{error.evalue}" if error.ename == "RaptorError" else f"{error.ename}: {error.evalue}"
 
 # %% ../nbs/13_pipeline.ipynb #e2a911cb
@@ -102,7 +105,7 @@ def study_config(
     items = item_names() if all_items else [n for n in item_names() if n in MAIN_ITEMS]
     return {"preset": preset if preset in preset_names() else str(preset_path(preset)), "items": items, "only": list(only), **({"replicas": replicas} if replicas else {})}
 
-# %% ../nbs/13_pipeline.ipynb #575d7001
+# %% ../nbs/13_pipeline.ipynb #13f86d71
 def reproduce(
     preset:str|Path="digits", # a preset's name, or a path to a YAML file
     only:tuple[str, ...]=(), # items or stages to make; () for the main items
@@ -118,11 +121,18 @@ def reproduce(
     spec, config = load_preset(preset), study_config(preset, only, all_items, replicas)
     os.environ["RAPTOR_HOME"] = str(home_root(home))
     folder = check_writable(study_folder(spec, home), int(spec.resources.get("disk_gb", 0.1) * 1e9))
+    if not dry_run: check_files(spec, home)
     with study_lock(folder):
         with atomic_path(folder/"study.yaml") as t: t.write_text(yaml.safe_dump(config))
         argv = ["--snakefile", str(paper_root()/"Snakefile"), "--directory", str(folder), "--configfile", str(folder/"study.yaml"),
-                "--cores", str(cores or usable_cores()), *SNAKEMAKE, *(["--dry-run"] if dry_run else []), *(["--profile", profile] if profile else [])]
+                *(["--profile", profile_path(profile)] if profile else []), *([] if profile and not cores else ["--cores", str(cores or usable_cores())]),
+                *SNAKEMAKE, *(["--dry-run"] if dry_run else []), *_gpu_limit(spec, profile)]
         return _snakemake(argv)
+
+def _gpu_limit(spec, profile) -> list[str]:
+    "On one machine no more runs at a time than it has graphics cards; a cluster does its own counting."
+    cards = [] if profile or not any("gpu" in run_needs(spec, s) for s in STAGES) else visible_gpus()
+    return ["--resources", f"gpu={len(cards)}"] if cards else []
 
 # %% ../nbs/13_pipeline.ipynb #326f161f
 # Our own lock replaces Snakemake's, which a killed process would leave behind.
@@ -146,7 +156,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 PresetOption = Annotated[str, typer.Option("--preset", "-p", help="A preset's name (see `raptor presets`), or a path to a YAML file.")]
 HomeOption = Annotated[Optional[Path], typer.Option("--home", help="Root of all studies; default RAPTOR_HOME, or ~/raptor-runs.")]
 
-# %% ../nbs/13_pipeline.ipynb #45ea91bb
+# %% ../nbs/13_pipeline.ipynb #0fd7e33b
 @app.command("reproduce")
 def reproduce_command(
     preset:PresetOption="digits",
@@ -162,13 +172,16 @@ def reproduce_command(
 
     Interrupt it at any time and start it again: it goes on where it was. It ends with a page of every table and figure."""
     started = time.time()
-    if dry_run: return print(describe_runs(preset, replicas, home, all_items))
+    if dry_run:
+        print(describe_runs(preset, replicas, home, all_items))
+        if profile and reproduce(preset, tuple(only or ()), all_items=all_items, replicas=replicas, cores=cores, dry_run=True, profile=profile, home=home): raise RaptorError(f"Snakemake does not accept the profile {profile} (see above).")
+        return
     status = reproduce(preset, tuple(only or ()), all_items=all_items, replicas=replicas, cores=cores, profile=profile, home=home)
     if status: raise RaptorError("the study is not finished (see above); start the same command again to go on.")
     page = study_folder(load_preset(preset), home)/"summary.html"
     print(f"done in {time.time() - started:.0f} s: {page}" if page.exists() and not only else f"done in {time.time() - started:.0f} s: {page.parent}")
 
-# %% ../nbs/13_pipeline.ipynb #3dc9424b
+# %% ../nbs/13_pipeline.ipynb #fcead748
 def describe_runs(
     preset:str|Path, # a preset's name, or a path to a YAML file
     replicas:int|None=None, # instead of the preset's
@@ -178,16 +191,17 @@ def describe_runs(
     "The runs of a study with their seeds, as text: what `--dry-run` prints."
     spec = load_preset(preset)
     spec = replace(spec, replicas=replicas) if replicas else spec
+    needs = [*describe_data(spec), costs(spec) or "cost not stated"]
     if (ends := study_ends(spec, home)) is None:
-        return f"{spec.name}: {', '.join(STAGES[:3])}; then blocks, Raptors and probes for k = {spec.phases.ks}, once the phases are known."
+        first = ["train_teacher"] * (spec.teacher.train is not None) + ["cache_activations"] * (spec.activations.source == "cached") + ["find_phases"]
+        return "\n".join([*needs[:-1], f"{spec.name}: {', '.join(first)}; then blocks, Raptors and probes for k = {spec.phases.ks}, once the phases are known; {needs[-1]}"])
     runs = [*all_runs(spec, ends).values(), *(control_runs(spec, ends).values() if all_items else ())]
     lines = [f"{r.kind:8}{r.name:28}" + ("done " if (study_folder(spec, home)/r.folder/"result.csv").exists() else "     ")
              + ", ".join(f"{k}={v}" for k, v in r.params.items()) for r in runs]
     counts = ", ".join(f"{sum(r.kind == kind for r in runs)} {kind} runs" for kind in ("block", "raptor", "probe", "control") if all_items or kind != "control")
-    costs = ", ".join(f"{k} {v}" for k, v in spec.resources.items())
-    return "\n".join([*lines, f"{spec.name}: {counts}; data {spec.data.name}; {costs or 'cost not stated'}"])
+    return "\n".join([*lines, *needs[:-1], f"{spec.name}: {counts}; {needs[-1]}"])
 
-# %% ../nbs/13_pipeline.ipynb #2b43ee92
+# %% ../nbs/13_pipeline.ipynb #f3b27f03
 @app.command("run")
 def run_command(
     name:Annotated[str, typer.Argument(help="A notebook of the paper, e.g. train_block or fig_similarity.")],
@@ -201,9 +215,10 @@ def run_command(
     spec, values = load_preset(preset), dict(_parse(p) for p in param or ())
     os.environ.update(RAPTOR_HOME=str(home_root(home)), RAPTOR_PROGRESS="0", OMP_WAIT_POLICY="passive")
     output, started = output or study_folder(spec, home)/"notebooks"/f"{name}.ipynb", time.time()
-    title = " ".join([name, *(f"{k}={v}" for k, v in values.items())])
+    if os.environ.get("RANK", "0") != "0": output = Path(tempfile.mkdtemp())/output.name # of several processes in one run the first keeps the record
+    title = " ".join([name, *(f"{k}={v}" for k, v in values.items() if len(str(v)) <= 30)]) # longer ones are in the notebook
     print(f"{time.strftime('%H:%M:%S')}  {title} ...", flush=True)
-    run_notebook(name, {"preset": str(preset), **values}, output)
+    with claimed_gpus(run_needs(spec, name).get("gpu", 0)): run_notebook(name, {"preset": str(preset), **values}, output)
     print(f"{time.strftime('%H:%M:%S')}  {title}: done in {time.time() - started:.0f} s", flush=True)
 
 def _parse(text:str) -> tuple:
@@ -228,15 +243,52 @@ def collect_command(preset:PresetOption="digits", home:HomeOption=None):
     from raptor.summary import collect
     for path in collect(Results.open(preset, home)): print(path)
 
-# %% ../nbs/13_pipeline.ipynb #d28408eb
+# %% ../nbs/13_pipeline.ipynb #45e9a2d4
+@app.command("cache")
+def cache_command(
+    preset:PresetOption="digits",
+    estimate:Annotated[bool, typer.Option("--estimate", help="Say what it would take, and write nothing.")]=False,
+    sample:Annotated[int, typer.Option(help="Images to measure with.")]=64,
+    home:HomeOption=None,
+):
+    """Write every state of the teacher on the training images to disk, after saying how many bytes and minutes that takes."""
+    from raptor.study import Study
+    study = Study.open(preset, home)
+    images, size, seconds = study.cache_estimate(sample)
+    print(f"{images:,} images: {size/1e9:,.3f} GB in 16 bits, {seconds/60:,.1f} minutes of decoding and computing in one process on this machine (from {min(sample, images)} images)", flush=True)
+    if not estimate: print(f"written: {study.cache().path}")
+
+@app.command("import")
+def import_command(
+    checkpoint:Annotated[Path, typer.Argument(help="A file that torch.save wrote: a whole block or Raptor, or its state dict. Nothing in it is executed.")],
+    out:Annotated[Path, typer.Argument(help="Folder for config.json, model.safetensors and a model card (block.safetensors for a single block).")],
+    depth:Annotated[int, typer.Option(help="Layers that the whole model stands for.")]=12,
+    ends:Annotated[Optional[str], typer.Option(help="Where its phases end, e.g. 7,10,12, if the file does not say.")]=None,
+    heads:Annotated[Optional[int], typer.Option(help="Attention heads, if the file does not say.")]=None,
+    span:Annotated[Optional[str], typer.Option(help="For a single block: the states that it leads from and to, e.g. 7-10.")]=None,
+):
+    """Read a checkpoint of the authors' code, without running it, and save it as safetensors."""
+    from raptor.model import Raptor, import_author_checkpoint, save_block
+    model = import_author_checkpoint(checkpoint, depth, _numbers(ends, ",", "--ends"), heads)
+    if isinstance(model, Raptor): print(f"k = {model.k}, phases end at {model.phases.ends}: {model.save_pretrained(out)}"); return
+    if not (pair := _numbers(span, "-", "--span")) or len(pair) != 2: raise RaptorError(f"{checkpoint} holds a single block; say with --span START-END which states it leads from and to, or give --ends {depth} if it stands for all layers.")
+    save_block(out/"block.safetensors", model, pair)
+    print(f"block for states {pair[0]} to {pair[1]}: {out/'block.safetensors'}")
+
+def _numbers(text, separator:str, option:str) -> tuple|None:
+    "Integers from the command line."
+    try: return tuple(map(int, text.split(separator))) if text else None
+    except ValueError as e: raise RaptorError(f"{option} {text!r} must be integers separated by {separator!r}.") from e
+
+# %% ../nbs/13_pipeline.ipynb #056304dd
 @app.command("presets")
 def presets_command():
     """List the studies that ship with the package."""
     for name in preset_names():
         spec = load_preset(name)
-        print(f"{name:16}{spec.title}\n{'':16}k = {spec.phases.ks}, {spec.replicas} replica(s); " + ", ".join(f"{k}: {v}" for k, v in spec.resources.items()))
+        print(f"{name:16}{spec.title}\n{'':16}k = {spec.phases.ks}, {spec.replicas} replica(s); {costs(spec)}")
 
-# %% ../nbs/13_pipeline.ipynb #01b34b75
+# %% ../nbs/13_pipeline.ipynb #3f3a5a7d
 @app.command("doctor")
 def doctor_command(home:HomeOption=None):
     """Say what is installed, which devices there are, where files go, and what each preset needs."""
@@ -257,7 +309,7 @@ def doctor(
     rows = [("python", sys.version.split()[0])] + [(n, version(n)) for n in ("raptor", "torch", "torchvision", "timm", "accelerate", "zarr", "papermill", "snakemake", "nbdev")]
     rows += [("cores", str(usable_cores())), ("accelerators", ", ".join(devices) or "none"), ("RAPTOR_HOME", f"{root} ({'writable' if os.access(there, os.W_OK) else 'NOT writable'})"),
              ("RAPTOR_DATA", f"{data_root()} ({'there' if data_root().exists() else 'not there; the embedded presets need none'})"), ("free disk", f"{shutil.disk_usage(there).free/1e9:.0f} GB")]
-    return rows + [(f"preset {n}", ", ".join(f"{k}: {v}" for k, v in load_preset(n).resources.items()) or "cost not stated") for n in preset_names()]
+    return rows + [(f"preset {n}", costs(load_preset(n)) or "cost not stated") for n in preset_names()]
 
 # %% ../nbs/13_pipeline.ipynb #8d3f442f
 def main(

@@ -17,7 +17,7 @@ import yaml
 
 from .core import RaptorError, check_name, fingerprint, home_root, paper_root, read_json
 
-# %% ../nbs/10_presets.ipynb #ca7f3c93
+# %% ../nbs/10_presets.ipynb #547c3485
 @dataclass(frozen=True)
 class DataSpec:
     "A data set and how much of it."
@@ -28,6 +28,7 @@ class DataSpec:
     limit:int|None = None # how many items of `split`; None for all
     test_limit:int|None = None # how many items of `test_split`
     workers:int = 0 # processes that decode images
+    on_error:str = field(default="raise", repr=False) # an image that cannot be read: raise | skip (and count)
 
 @dataclass(frozen=True)
 class TeacherSpec:
@@ -185,13 +186,14 @@ class Run:
     @property
     def folder(self) -> str: return f"{self.kind}s/{self.name}"
 
-# %% ../nbs/10_presets.ipynb #5b6e09f6
+# %% ../nbs/10_presets.ipynb #f21d2ef2
 def block_runs(
     preset:Preset, # the study
     ends:dict, # {k: ends of the phases}
 ) -> list[Run]: # one for each distinct span and replica
     "Stage 1: every span that some k needs, once a replica."
-    spans = _spans(ends)
+    order = [tuple(s) for s in preset.seeds.get("spans", ())] # in which the spans are numbered, where that is not the order of k
+    spans = sorted(_spans(ends), key=lambda s: order.index(s) if s in order else len(order))
     return [Run("block", f"{s}-{e}-r{r}", dict(start=s, end=e, replica=r, seed=preset.seeds["block"] + r * len(spans) + i))
             for r in range(preset.replicas) for i, (s, e) in enumerate(spans)]
 

@@ -80,7 +80,7 @@ def table_bytes(
     "What a `FeatureTable` takes in memory, in float32."
     return len(dataset) * model.num_tokens * model.dim * 4
 
-# %% ../nbs/07_probes.ipynb #c0139174
+# %% ../nbs/07_probes.ipynb #d4c4d20e
 @dataclass(frozen=True)
 class ProbeConfig(FitConfig):
     "How to train a head. `steps` follows from the epochs."
@@ -93,6 +93,7 @@ class ProbeConfig(FitConfig):
     min_lr:float|None = None # None: 1 % of lr
     table_gb:float = 2.0 # features are computed once if they take less than this
     augment:bool = True # train transforms; without them features can be computed once
+    eval_batch_size:int = 256 # images of a forward pass while scores are taken; they do not depend on it
 
     def for_data(self, size:int): # -> ProbeConfig with steps and schedule filled in
         "The same with the number of steps that `epochs` over `size` items make."
@@ -178,7 +179,7 @@ def _fit_heads(model, heads:nn.ModuleDict, train, config:ProbeConfig, folder, ev
             yield to_device(b, accelerator.device)
     return fit(objective, batches, config, folder, made_for=made_for, evaluate=evaluate, title="probe")
 
-# %% ../nbs/07_probes.ipynb #1788ecfa
+# %% ../nbs/07_probes.ipynb #9c7fffab
 def train_probe(
     model, # frozen, with .features(images): a Backbone, or a RaptorBackbone
     task:str, # classification | segmentation | depth
@@ -196,11 +197,12 @@ def train_probe(
     head = spec.make_head(model, train.num_classes, **(settings or {}))
     if official: head.load_official(*official)
     config, made_for = config.for_data(len(train)), [task, settings, model.fingerprint, train.fingerprint, test.fingerprint]
-    if table_bytes(model, train) < config.table_gb * 1e9 and not config.augment: train = FeatureTable(model, train, workers=workers)
-    if table_bytes(model, test) < config.table_gb * 1e9: crop, test = test.eval_crop, FeatureTable(model, test, workers=workers)
+    size = config.eval_batch_size
+    if table_bytes(model, train) < config.table_gb * 1e9 and not config.augment: train = FeatureTable(model, train, size, workers)
+    if table_bytes(model, test) < config.table_gb * 1e9: crop, test = test.eval_crop, FeatureTable(model, test, size, workers)
     else: crop = test.eval_crop
     per_epoch = config.eval_every
-    def evaluate(step): return {"epoch": step // per_epoch, **evaluate_heads(model, {task: head}, test, crop=crop, workers=workers)}
+    def evaluate(step): return {"epoch": step // per_epoch, **evaluate_heads(model, {task: head}, test, crop=crop, batch_size=size, workers=workers)}
     history = _fit_heads(model, nn.ModuleDict({task: head}), train, config, folder, evaluate, made_for, workers=workers)
     return head, _best_and_last(history, spec), history
 
@@ -224,10 +226,10 @@ def plain_attention(
     finally:
         for m in modules: m.fused_attn = True
 
-# %% ../nbs/07_probes.ipynb #863793ac
+# %% ../nbs/07_probes.ipynb #4c979376
 def train_teacher(
     backbone, # a Backbone; trained in place and frozen again
-    train, # split of task "all"
+    train, # split of task "all", or of the one task there is
     config:FitConfig, # optimiser
     folder:str|Path|None=None, # for the checkpoint
     *,
@@ -238,7 +240,7 @@ def train_teacher(
     evaluate=None, # evaluate(step) -> dict of numbers
     workers:int=0, # processes that fetch images
 ) -> tuple[dict, pd.DataFrame]: # {task: head}, the history
-    "Train a backbone jointly on classification, segmentation and depth."
+    "Train a backbone on the tasks that `num_classes` names, jointly."
     heads = nn.ModuleDict(heads or {n: probe_task(n).make_head(backbone, c, **(settings or {}).get(n, {})) for n, c in num_classes.items()})
     made_for = [backbone.name, train.fingerprint, sorted(num_classes), settings, weights]
     with plain_attention(backbone, config.precision):
