@@ -7,14 +7,13 @@ __all__ = ['Study', 'weights_file', 'teacher_spec', 'normalisation', 'dataset', 
            'teacher_task', 'source', 'cache_estimate', 'cache', 'new_block', 'stage1_config', 'stage2_config',
            'probe_config', 'teacher_config', 'make_config', 'model', 'models', 'Spliced', 'validation']
 
-# %% ../nbs/11_study.ipynb #701f7dee
+# %% ../nbs/11_study.ipynb #fc984f9c
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
 
-import timm, torch
-from timm.data import resolve_data_config
+import torch
 from torch import nn
 
 from .activations import CachedTrajectories, LiveTrajectories, estimate_cache, write_cache
@@ -27,6 +26,8 @@ from .presets import DataSpec, TeacherSpec, build_spec
 from .probes import ProbeConfig, evaluate_heads, fidelity, load_head
 from .results import Results
 from .train import FitConfig, TrainConfig, make_accelerator
+import timm # after raptor.backbone, which keeps its warning in notebooks to itself
+from timm.data import resolve_data_config
 
 # %% ../nbs/11_study.ipynb #bd3698da
 @dataclass(frozen=True)
