@@ -196,7 +196,7 @@ def order_accuracy(
         seen += len(target)
     return [r/seen for r in right]
 
-# %% ../nbs/11b_experiments.ipynb #2374545c
+# %% ../nbs/11b_experiments.ipynb #1e294e10
 def shown_models(
     study:Study, # with a trained Raptor
 ) -> tuple[dict, Phases]: # {"teacher": Backbone, "Raptor k=3": RaptorBackbone}, and the phases of the latter
@@ -216,9 +216,10 @@ def measure_models(
     measure, # measure(trajectories (b, end+1, N, D), model) -> data frame
     groups:int=16, # disjoint groups of test images
     end:int|None=None, # last state of the trajectories; None: L
+    limit:int|None=None, # test images; None: as many as the preset says
 ) -> pd.DataFrame: # the frames below each other, with columns group and model
-    "Measure every model on the same groups of the preset's `controls: images` test images."
-    images = min(study.preset.controls.images, len(study.dataset("test")))
+    "Measure every model on the same groups of test images."
+    images = min(limit or study.preset.controls.images, len(study.dataset("test")))
     frames = [by_group(lambda batch: measure(batch, model), study.source("test", model, limit=images).batches(max(2, images//groups), end=end)).assign(model=name) for name, model in models.items()]
     return pd.concat(frames, ignore_index=True)
 
