@@ -1,9 +1,11 @@
 """Write README.md from nbs/index.ipynb (the same page as the front of the site), without needing Quarto.
 
-python .ci/make_readme.py          writes README.md
-python .ci/make_readme.py --check  writes nothing; exits 1 if README.md is out of step
+The front page shows a few pictures; they are those stored in the paper's notebooks, taken out into nbs/images.
+
+python .ci/make_readme.py          writes README.md and its pictures
+python .ci/make_readme.py --check  writes nothing; exits 1 if one of them is out of step
 """
-import configparser, re, sys
+import base64, configparser, re, sys
 from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
@@ -24,7 +26,18 @@ def tag_cell(cell):
 def site_to_repository(text, git_url, branch):
     "Links of the site (relative to nbs/, or to the repository's pages) as links relative to the repository's root."
     text = text.replace(f"]({git_url}/blob/{branch}/", "](")
-    return re.sub(r"\]\((?!\w+:|#)([^)\s]+\.ipynb)", r"](nbs/\1", text)
+    return re.sub(r"\]\((?!\w+:|#)([^)\s]+\.(?:ipynb|png))", r"](nbs/\1", text)
+
+
+def pictures():
+    "The pictures that the front page shows: {path: bytes}, each the last one stored in the notebook of its name."
+    source, found = (ROOT/"nbs"/"index.ipynb").read_text(), {}
+    for name in re.findall(r"\]\(images/(\w+)\.png\)", source):
+        cells = nbformat.read(ROOT/"nbs"/"paper"/f"{name}.ipynb", as_version=4).cells
+        stored = [o.data["image/png"] for c in cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})]
+        if not stored: sys.exit(f"nbs/paper/{name}.ipynb has no stored picture; run the study and `raptor collect`.")
+        found[ROOT/"nbs"/"images"/f"{name}.png"] = base64.b64decode(stored[-1])
+    return found
 
 
 def render():
@@ -45,7 +58,8 @@ def render():
 
 
 if __name__ == "__main__":
-    readme, text = ROOT/"README.md", render()
+    files = {ROOT/"README.md": render().encode(), **pictures()}
     if "--check" in sys.argv:
-        if not readme.exists() or readme.read_text() != text: sys.exit("README.md is out of step: run python .ci/make_readme.py")
-    else: readme.write_text(text)
+        if stale := [p.name for p, new in files.items() if not p.exists() or p.read_bytes() != new]: sys.exit(f"{', '.join(stale)} out of step: run python .ci/make_readme.py")
+    else:
+        for path, new in files.items(): path.parent.mkdir(exist_ok=True); path.write_bytes(new)

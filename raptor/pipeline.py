@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'MAIN_ITEMS', 'SNAKEMAKE', 'app', 'PresetOption', 'HomeOption', 'notebook_names', 'notebook_parameters',
            'run_notebook', 'leave_with_parent', 'study_lock', 'study_config', 'reproduce', 'usable_cores',
-           'reproduce_command', 'describe_runs', 'run_command', 'page_command', 'collect_command', 'cache_command',
-           'import_command', 'presets_command', 'doctor_command', 'doctor', 'main']
+           'reproduce_command', 'describe_runs', 'run_command', 'waiting', 'page_command', 'collect_command',
+           'cache_command', 'import_command', 'presets_command', 'doctor_command', 'doctor', 'main']
 
 # %% ../nbs/13_pipeline.ipynb #90b8c25d
 import fcntl, os, shutil, sys, tempfile, threading, time
@@ -201,7 +201,7 @@ def describe_runs(
     counts = ", ".join(f"{sum(r.kind == kind for r in runs)} {kind} runs" for kind in ("block", "raptor", "probe", "control") if all_items or kind != "control")
     return "\n".join([*lines, *needs[:-1], f"{spec.name}: {counts}; {needs[-1]}"])
 
-# %% ../nbs/13_pipeline.ipynb #f3b27f03
+# %% ../nbs/13_pipeline.ipynb #0bb89729
 @app.command("run")
 def run_command(
     name:Annotated[str, typer.Argument(help="A notebook of the paper, e.g. train_block or fig_similarity.")],
@@ -213,13 +213,19 @@ def run_command(
     """Execute one notebook with papermill and keep the executed copy."""
     leave_with_parent()
     spec, values = load_preset(preset), dict(_parse(p) for p in param or ())
-    os.environ.update(RAPTOR_HOME=str(home_root(home)), RAPTOR_PROGRESS="0", OMP_WAIT_POLICY="passive")
+    os.environ.update(RAPTOR_HOME=str(home_root(home)), RAPTOR_PROGRESS="0", **waiting(int(os.environ.get("OMP_NUM_THREADS", 1))))
     output, started = output or study_folder(spec, home)/"notebooks"/f"{name}.ipynb", time.time()
     if os.environ.get("RANK", "0") != "0": output = Path(tempfile.mkdtemp())/output.name # of several processes in one run the first keeps the record
     title = " ".join([name, *(f"{k}={v}" for k, v in values.items() if len(str(v)) <= 30)]) # longer ones are in the notebook
     print(f"{time.strftime('%H:%M:%S')}  {title} ...", flush=True)
     with claimed_gpus(run_needs(spec, name).get("gpu", 0)): run_notebook(name, {"preset": str(preset), **values}, output)
     print(f"{time.strftime('%H:%M:%S')}  {title}: done in {time.time() - started:.0f} s", flush=True)
+
+def waiting(
+    threads:int, # that a notebook computes with
+) -> dict[str, str]: # environment of its kernel
+    "How idle OpenMP threads wait: a lone thread never, several for a moment only, since on a shared machine long spinning costs more than it saves."
+    return {"OMP_WAIT_POLICY": "passive"} if threads == 1 else {"GOMP_SPINCOUNT": "30000"}
 
 def _parse(text:str) -> tuple:
     "NAME=VALUE, the value read as YAML."

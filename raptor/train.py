@@ -334,7 +334,7 @@ def clear_checkpoint(
     "Remove the checkpoint of a run whose result is safely saved."
     (Path(folder)/"checkpoint.safetensors").unlink(missing_ok=True)
 
-# %% ../nbs/06_train.ipynb #0ee7c009
+# %% ../nbs/06_train.ipynb #9c2619ee
 class SpanObjective(nn.Module):
     "Lambda * TF + (1 - lambda) * AR of `model` on the states start..end."
     def __init__(
@@ -352,7 +352,7 @@ class SpanObjective(nn.Module):
     def forward(self,
         states:Tensor, # (B, n+1, N, D) true states start..start+n
         step:int, # 0-based; lambda and the noise follow from it
-    ) -> dict[str, Tensor]: # scalars: loss, and tf and ar where they were computed
+    ) -> dict[str, Tensor]: # scalars: loss, lambda, and tf and ar where they were computed
         "The losses of a batch at a step."
         c = self.config
         weight = teacher_weight(step, c.steps, c.anneal, c.forcing)
@@ -361,7 +361,7 @@ class SpanObjective(nn.Module):
         if weight > 0: out["tf"] = self.loss(self.model.predict_next(inputs, self.start), states[:, 1:])
         if weight < 1: out["ar"] = self.loss(self.model.rollout(inputs[:, 0], self.start, self.start + states.shape[1] - 1)[:, 1:], states[:, 1:])
         out["loss"] = weight * out.get("tf", 0) + (1 - weight) * out.get("ar", 0)
-        return out
+        return {**out, "lambda": torch.tensor(weight, device=states.device)}
 
     def _noisy(self, states:Tensor, step:int) -> Tensor:
         "Gaussian noise on the inputs, a function of (seed, step) and of the process."
