@@ -134,9 +134,9 @@ def _gpu_limit(spec, profile) -> list[str]:
     cards = [] if profile or not any("gpu" in run_needs(spec, s) for s in STAGES) else visible_gpus()
     return ["--resources", f"gpu={len(cards)}"] if cards else []
 
-# %% ../nbs/13_pipeline.ipynb #326f161f
+# %% ../nbs/13_pipeline.ipynb #31c31029
 # Our own lock replaces Snakemake's, which a killed process would leave behind.
-SNAKEMAKE = ["--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "--scheduler", "greedy", "--keep-going", "--quiet", "all"]
+SNAKEMAKE = ["--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", "--scheduler", "greedy", "--keep-going", "--quiet", "all"]
 
 def usable_cores() -> int:
     "The cores that this process may use."
