@@ -110,22 +110,18 @@ def own_scores(
     scores = evaluate_heads(model, heads, dataset) if heads else {}
     return pd.DataFrame([{"measure": f"own_{m}", "value": v} for m, v in scores.items()], columns=["measure", "value"])
 
-# %% ../nbs/11b_experiments.ipynb #42c82a9f
-def _task(study): # all tasks of the study's own teacher, or the one that it has
-    probes = study.preset.probes
-    return "classification" if study.preset.teacher.train is None else "all" if len(probes) > 1 else next(iter(probes))
-
+# %% ../nbs/11b_experiments.ipynb #5ef14d87
 def test_images(
     study:Study, # with its preset
     limit:int|None=None, # None: all
     backbone=None, # whose trajectories; None: the study's teacher
 ) -> tuple: # trajectories, and the same images with targets
     "The test split as trajectories and as a data set, at most `limit` images of it."
-    task = _task(study)
+    task = study.teacher_task
     if limit is not None: limit = min(limit, len(study.dataset("test", task)))
     return study.source("test", backbone, limit=limit), study.dataset("test", task, **({"limit": limit} if limit else {}))
 
-# %% ../nbs/11b_experiments.ipynb #843c9b0c
+# %% ../nbs/11b_experiments.ipynb #c5da28ad
 @dataclass(frozen=True)
 class Snapshot:
     "A teacher at a step of its training, with its heads as they then were."
@@ -144,8 +140,8 @@ def train_snapshots(
     spec, probes = replace(study.preset.teacher, drop_path=drop_path), study.preset.probes
     config = make_config(FitConfig, {**asdict(study.teacher_config()), **(settings or {}), "seed": seed, "checkpoint_every": 0}, f"preset {study.preset.name}: controls: teacher")
     steps = sorted({s for s in steps if 0 <= s < config.steps} | {config.steps})
-    train = study.dataset("train", _task(study), train_transform=True)
-    classes = train.num_classes if isinstance(train.num_classes, dict) else {_task(study): train.num_classes}
+    train = study.dataset("train", study.teacher_task, train_transform=True)
+    classes = train.num_classes if isinstance(train.num_classes, dict) else {study.teacher_task: train.num_classes}
     def new():
         seed_everything(seed)
         backbone = study.teacher(spec, trained=False)
