@@ -39,7 +39,7 @@ def notebook_parameters(
     path = paper_root()/f"{check_name(name, notebook_names(), 'notebook')}.ipynb"
     return {k: v["default"] for k, v in inspect_notebook(str(path)).items()}
 
-# %% ../nbs/13_pipeline.ipynb #0b1309d0
+# %% ../nbs/13_pipeline.ipynb #a239a973
 def run_notebook(
     name:str, # a notebook of the paper
     parameters:dict, # values for its parameters cell
@@ -52,11 +52,12 @@ def run_notebook(
     output, failed = Path(output), Path(output).with_suffix(".failed.ipynb")
     try:
         with atomic_path(output) as t, sigterm_for_kernels():
-            try: papermill.execute_notebook(str(paper_root()/f"{name}.ipynb"), str(t), parameters=parameters, kernel_name="python3", progress_bar=False, cwd=str(output.parent),
+            try: papermill.execute_notebook(str(paper_root()/f"{name}.ipynb"), str(t), parameters=parameters, kernel_name="python3", start_timeout=300, progress_bar=False, cwd=str(output.parent),
                                                       extra_arguments=["--IPKernelApp.log_level=CRITICAL"]) # it warns about its transport at every start
             except papermill.PapermillExecutionError as e:
                 shutil.move(t, failed)
                 raise RaptorError(f"{name} failed: {_sentence(e)} (the executed notebook is {failed})") from e
+            except RuntimeError as e: raise RaptorError(f"{name} did not run: {e}; is the machine overloaded, or the Python kernel of this environment broken?") from e
     finally:
         if output.exists(): failed.unlink(missing_ok=True)
     return output
