@@ -158,9 +158,11 @@ def fit_linear(
 def fit_dmd(
     stream:Iterable, # trajectories (B, L+1, N, D)
     phases:Phases|FragmentedPhases, # one operator for each of its spans
+    ridge:float=0.0, # penalty on K, as a fraction of the mean square of the inputs, >= 0
     rank:int|None=None, # leading directions of the states that the operator acts on, 1..D; None: all
 ) -> SpanChain: # of `DMDSpan`
-    "Dynamic mode decomposition along depth: K = Y X^+ over all consecutive pairs of states in a span."
+    "Dynamic mode decomposition along depth: K = Y X^T (X X^T + ridge I)^-1 over all consecutive pairs of states in a span."
+    if not ridge >= 0: raise RaptorError(f"ridge is {ridge}; it is a penalty and must not be negative.")
     if rank is not None and rank < 1: raise RaptorError(f"rank is {rank}; an operator acts on at least one direction.")
     moments, dim = _streamed(stream, phases, lambda x, s, e: (x[:, s:e], x[:, s+1:e+1]))
-    return SpanChain([DMDSpan(s, e, _regress(m.xx, m.xy, rank=rank)) for m, (s, e) in zip(moments, phases.spans)], phases, dim)
+    return SpanChain([DMDSpan(s, e, _regress(m.xx, m.xy, ridge*m.xx.trace()/dim, rank)) for m, (s, e) in zip(moments, phases.spans)], phases, dim)
