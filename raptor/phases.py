@@ -101,11 +101,12 @@ def _canonical(labels):
     return tuple(names.setdefault(label, len(names)) for label in labels)
 
 # %% ../nbs/04_phases.ipynb #defc456f
-def _layer_vectors(source, limit, batch_size):
-    "Yield {kind: (b, L, D) float64} of states 1..L for at most `limit` images."
+def _layer_vectors(source, limit, batch_size, seed=None):
+    "Yield {kind: (b, L, D) float64} of states 1..L for at most `limit` images; with a seed, of one shuffled epoch."
     if limit is not None and limit < 1: raise RaptorError(f"limit is {limit}, but at least one image is needed; leave it out to use them all.")
     has_cls, left = getattr(source, "has_cls", source.num_prefix > 0), float("inf") if limit is None else limit
-    for states in source.batches(batch_size, start=1):
+    drawn = {} if seed is None or limit is None or limit >= len(source) else dict(seed=seed, steps=min(-(-limit//batch_size), len(source)//batch_size))
+    for states in source.batches(batch_size, start=1, **drawn):
         states = states[:int(min(left, len(states)))]
         patches = states[:, :, source.num_prefix:].float().mean(2)
         kinds = {"cls": states[:, :, 0], "patch_mean": patches} if has_cls else {"patch_mean": patches}
@@ -118,11 +119,12 @@ def layer_distance(
     metric:str="cosine", # "cosine": 1 - cos, in 0..2; "mse": mean squared difference over the width
     limit:int|None=None, # number of images to use; None: all
     batch_size:int=64, # images read at a time; it does not change the result
+    seed:int|None=None, # draws the images of a limit; None: the first ones, which may be of one class
 ) -> np.ndarray: # (L, L) float64, symmetric, zero diagonal
     "Mean distance between the layers' cls and mean-patch vectors; `RaptorError` on states that are not finite."
     check_name(metric, ["cosine", "mse"], "metric")
     total, images = 0, 0
-    for kinds in _layer_vectors(source, limit, batch_size):
+    for kinds in _layer_vectors(source, limit, batch_size, seed):
         for v in kinds.values():
             if metric == "cosine": v = v / v.norm(dim=-1, keepdim=True).clamp_min(1e-300)
             gram = (v.transpose(0, 1).flatten(1) @ v.transpose(0, 1).flatten(1).T).numpy()
@@ -140,10 +142,11 @@ def layer_norms(
     source, # a trajectory source
     limit:int|None=None, # number of images; None: all
     batch_size:int=64, # images read at a time
+    seed:int|None=None, # draws the images of a limit
 ) -> pd.DataFrame: # layer 1..L, token_kind ("cls", "patch_mean"), value (mean Euclidean norm), std (over images)
     "Mean norm, by layer, of the two vectors that the distance compares."
     rows, norms = [], {}
-    for kinds in _layer_vectors(source, limit, batch_size):
+    for kinds in _layer_vectors(source, limit, batch_size, seed):
         for kind, v in kinds.items(): norms.setdefault(kind, []).append(v.norm(dim=-1).numpy())
     for kind, parts in norms.items():
         n = np.concatenate(parts)
