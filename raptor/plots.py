@@ -8,13 +8,14 @@ __all__ = ['PANELS', 'COSTS', 'plot_similarity', 'read_ends', 'plot_segmentation
            'plot_cost', 'plot_basins', 'plot_by_layer', 'plot_class_angles', 'plot_coherence', 'plot_convergence',
            'plot_epsilon', 'plot_norms', 'plot_perturbation', 'plot_rank', 'plot_speed', 'save_figure', 'use_style']
 
-# %% ../nbs/09_plots.ipynb #c818996f
+# %% ../nbs/09_plots.ipynb #47fb30d8
 import re
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.patheffects import withStroke
 
 from .curves import (plot_basins, plot_by_layer, plot_class_angles, plot_coherence, plot_convergence, plot_epsilon, plot_norms,
@@ -26,7 +27,7 @@ from .phases import Phases, as_phases
 _all_ = ["plot_basins", "plot_by_layer", "plot_class_angles", "plot_coherence", "plot_convergence", "plot_epsilon", "plot_norms",
          "plot_perturbation", "plot_rank", "plot_speed", "save_figure", "use_style"]
 
-# %% ../nbs/09_plots.ipynb #6474ae41
+# %% ../nbs/09_plots.ipynb #4c92b466
 @use_style()
 def plot_similarity(
     distance, # (L, L) distances between layers 1..L, such as 1 - cosine
@@ -38,13 +39,14 @@ def plot_similarity(
     similarity = 1 - np.asarray(distance, dtype=float)
     depth = len(similarity)
     ax = new_axes(ax, figsize=(3.4, 2.9))
-    image = ax.imshow(similarity, extent=(.5, depth + .5, depth + .5, .5), vmax=1)
+    names = range(1, depth + 1)
+    every = max(1, -(-depth // 12)) # labels that fit
+    sns.heatmap(pd.DataFrame(similarity, names, names), vmax=1, square=True, cmap=plt.rcParams["image.cmap"], xticklabels=every, yticklabels=every, cbar_kws={"label": "similarity of layers"}, ax=ax)
     for s, e in as_phases(phases, depth).spans if phases is not None else ():
-        frame = ax.add_patch(plt.Rectangle((s + .5, s + .5), e - s, e - s, fill=False, ec="white", lw=1.5, clip_on=False))
+        frame = ax.add_patch(plt.Rectangle((s, s), e - s, e - s, fill=False, ec="white", lw=1.5, clip_on=False))
         frame.set_path_effects([withStroke(linewidth=3.5, foreground="black")])
-    for axis in (ax.xaxis, ax.yaxis): layer_axis(axis, depth)
-    ax.figure.colorbar(image, ax=ax, label="similarity of layers")
-    ax.set_title(title or "")
+    ax.set(xlabel="layer", ylabel="layer", title=title or "")
+    ax.tick_params(axis="y", rotation=0)
     return ax
 
 # %% ../nbs/09_plots.ipynb #1531ad55
@@ -72,7 +74,7 @@ def plot_segmentations(
             ax.text((s + e + 1)/2, row, e - s, ha="center", va="center", color="white", fontsize=8, weight="bold")
     depth = max((e[-1] for e in map(read_ends, frame["ends"]) if e), default=1)
     ax.set(xlim=(.5, depth + .5), ylim=(len(frame) - .5, -.5)); ax.set_yticks(range(len(labels)), labels)
-    layer_axis(ax.xaxis, depth)
+    layer_axis(ax.xaxis, depth, most=8)
     return ax
 
 # %% ../nbs/09_plots.ipynb #29716b59
@@ -214,7 +216,7 @@ def plot_stochastic_depth(
         ax.set(xlabel={"rate": "stochastic depth rate p", "step": "training step"}.get(x, x), ylabel=PANELS[column])
     return axes
 
-# %% ../nbs/09_plots.ipynb #7f7a84c4
+# %% ../nbs/09_plots.ipynb #5de86686
 @use_style()
 def plot_swaps(
     frame:pd.DataFrame, # one row an order of layers: columns `x`, within (bool), accuracy (a fraction)
@@ -227,9 +229,7 @@ def plot_swaps(
     ax = new_axes(ax)
     where = np.where(frame["within"].astype(bool), "within a phase", "across phases")
     shown = pd.DataFrame({x: frame[x], "where": where, "value": 100*frame["accuracy"]}).sort_values("where", ascending=False)
-    for i, name in enumerate(shown["where"].unique()):
-        some = shown[shown["where"] == name]
-        ax.plot(some[x] + (i - .5)*.16, some["value"], ls="", marker=".", markersize=3, color=colour(i), alpha=.5)
+    sns.stripplot(shown, x=x, y="value", hue="where", palette=[colour(i) for i in range(shown["where"].nunique())], dodge=True, native_scale=True, size=3, alpha=.5, legend=False, ax=ax)
     draw_lines(ax, shown, x, hue="where", band=False)
     if baseline is not None: ax.axhline(100*baseline, color="0.3", ls="--"); ax.annotate("all in place", (1, 100*baseline), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     ax.set(xlabel={"gap": "distance of the swapped layers", "replaced": "number of replaced layers"}.get(x, x), ylabel="accuracy (%)", xticks=sorted(frame[x].unique()))

@@ -87,8 +87,8 @@ def test_save_figure_writes_both_files_and_leaves_nothing_else(tmp_path, target)
 
 def test_similarity_is_one_minus_distance_with_a_frame_a_phase():
     ax = plots.plot_similarity(published_distance(), Phases((4, 12)))
-    assert np.allclose(ax.images[0].get_array(), 1 - published_distance())
-    assert [(p.get_x(), p.get_y(), p.get_width()) for p in ax.patches] == [(.5, .5, 4), (4.5, 4.5, 8)]
+    assert np.allclose(np.reshape(ax.collections[0].get_array(), (12, 12)), 1 - published_distance())
+    assert [(p.get_x(), p.get_y(), p.get_width()) for p in ax.patches] == [(0, 0, 4), (4, 4, 8)] # seaborn draws layer 1 from 0 to 1
     with pytest.raises(RaptorError, match="covers 7 layers"): plots.plot_similarity(published_distance(), (3, 7))
 
 @pytest.mark.parametrize("ends", [(7, 10, 12), [7, 10, 12], "7-10-12", "(7, 10, 12)", "7 10 12"])
