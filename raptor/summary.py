@@ -7,7 +7,7 @@ __all__ = ['PAPER_ORDER', 'STYLE', 'EXECUTED', 'item_names', 'show_item', 'study
            'few_colours', 'store_outputs', 'collect']
 
 # %% ../nbs/12_summary.ipynb #5d5b6a5c
-import html
+import base64, html
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +16,7 @@ from .core import RaptorError, atomic_path, paper_root
 from .results import Results, show_score
 
 # %% ../nbs/12_summary.ipynb #e25c616e
-PAPER_ORDER = ("tab_probes", "fig_accuracy_r2", "tab_segmentations", "fig_similarity", "tab_ablation", "fig_partitions", "fig_stochastic_depth", "fig_swaps", "fig_epsilon",
+PAPER_ORDER = ("fig_similarity", "tab_segmentations", "fig_partitions", "fig_stochastic_depth", "fig_swaps", "tab_probes", "fig_accuracy_r2", "tab_ablation", "fig_epsilon",
                "fig_convergence", "fig_basins", "fig_perturbation", "fig_speed", "fig_coherence", "fig_rank", "fig_norms", "tab_cost")
 
 def item_names() -> list[str]:
@@ -36,19 +36,19 @@ def show_item(
     if not path.exists(): return display(Markdown(f"## {name}\n\nnot run: `raptor reproduce --preset {results.preset.name} --only {name}`"))
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type == "markdown": display(Markdown(_one_level_down(cell.source)))
-        else: _show_outputs(cell)
+        else: _show_outputs(cell, name)
 
 def _one_level_down(source:str) -> str:
     "Markdown whose headings are one level lower."
     return "\n".join("#" + line if line.startswith("#") else line for line in source.splitlines())
 
-def _show_outputs(cell):
-    "Show the tables and pictures of an executed cell."
+def _show_outputs(cell, name):
+    "Show the tables and pictures of an executed cell; a picture says where its large version is."
     from IPython.display import display
     for output in cell.outputs:
         if output.output_type not in ("execute_result", "display_data"): continue
         data = {k: v for k, v in output.data.items() if k in ("text/html", "image/png")}
-        if data: display(data, raw=True)
+        if data: display(data, metadata={"figure": f"{name}.png"} if "image/png" in data else {}, raw=True)
 
 # %% ../nbs/12_summary.ipynb #19c11c3b
 def study_facts(
@@ -80,7 +80,9 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 th, td { border-bottom: 1px solid var(--line); padding: .32rem .7rem; text-align: left; } thead th { border-bottom: 2px solid var(--ink); }
 .output, .jp-OutputArea-output, .output_html { overflow-x: auto; } img { max-width: 100%; height: auto; }
 code { background: #f3f5f7; padding: .1em .3em; border-radius: 3px; } footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; } .anchor-link { display: none; }
-@media print { body { max-width: none; font-size: 10.5pt; } h2 { break-after: avoid; } table, img { break-inside: avoid; } }
+@media (max-width: 44rem) { .output img, .jp-OutputArea-output img, .output_html img { max-width: 44rem; } table { font-size: .8rem; } th, td { padding: .25rem .4rem; } }
+@media print { body { max-width: none; font-size: 10pt; } h2 { break-after: avoid; } tr, img { break-inside: avoid; } table { font-size: 8pt; } th, td { padding: .15rem .35rem; }
+  .output, .jp-OutputArea-output, .output_html { overflow: visible; } }
 """
 
 def write_page(
@@ -89,13 +91,21 @@ def write_page(
     title:str="Raptor, reproduced", # of the browser's window
 ) -> Path: # the destination
     "Turn an executed notebook into a page without its code, atomically."
+    import nbformat
     from nbconvert import HTMLExporter
     if not Path(notebook).exists(): raise RaptorError(f"{notebook} does not exist; run the notebook summary first.")
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
-    body, _ = exporter.from_filename(str(notebook))
+    body, _ = exporter.from_notebook_node(_with_large_pictures(nbformat.read(notebook, 4), Path(notebook).parent.parent/"figures"))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     with atomic_path(page) as t: t.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n', encoding="utf-8")
     return Path(page)
+
+def _with_large_pictures(notebook, folder:Path):
+    "The notebook with the saved figures in the place of their small copies, which are blurred in print."
+    for output in (o for cell in notebook.cells for o in cell.get("outputs", [])):
+        saved = folder/Path(output.get("metadata", {}).get("figure", "-")).name
+        if saved.is_file(): output.data["image/png"] = base64.b64encode(saved.read_bytes()).decode()
+    return notebook
 
 # %% ../nbs/12_summary.ipynb #6b77bd1f
 EXECUTED = {"train_block": "blocks", "train_raptor": "raptors", "train_probe": "probes", "train_control": "controls"}
