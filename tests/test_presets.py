@@ -1,12 +1,20 @@
 """Presets are data: strict to read, and the list of runs follows from them."""
-from dataclasses import replace
+import inspect, subprocess, sys
+from dataclasses import fields, replace
 
 import pytest
 import yaml
 
+from raptor import needs, pipeline
 from raptor.core import RaptorError
-from raptor.presets import all_runs, block_runs, load_preset, preset_names, preset_path, probe_runs, raptor_runs, study_ends
+from raptor.fit import FitConfig
+from raptor.heads import DepthHead
+from raptor.needs import check_files, check_models, check_settings, run_needs
+from raptor.presets import (FIT_SETTINGS, HEAD_SETTINGS, PROBE_SETTINGS, SEEDS, STAGES, TRAIN_SETTINGS, all_runs, block_runs, load_preset, preset_names,
+    preset_path, probe_runs, raptor_runs, study_ends)
+from raptor.probes import ProbeConfig
 from raptor.study import Study
+from raptor.train import TrainConfig
 
 PAPER = {2: (7, 12), 3: (7, 10, 12), 4: (4, 7, 10, 12)}
 
@@ -28,29 +36,160 @@ def test_every_preset_that_ships_is_whole(name):
     assert study.stage2_config(0).forcing == "free", "stage 2 is autoregression alone"
     for task in preset.probes: assert study.probe_config(task, 7).seed == 7
     if preset.teacher.train: study.teacher_config()
+    check_models(preset); check_settings(preset)
+
+
+def test_the_names_of_settings_are_those_of_the_classes():
+    "They are kept as data, since the classes need torch."
+    for cls, names, left_out in ((FitConfig, FIT_SETTINGS, ()), (TrainConfig, TRAIN_SETTINGS, ()), (ProbeConfig, PROBE_SETTINGS, ("steps", "eval_every"))):
+        assert set(names) == {f.name for f in fields(cls)} - {"seed", *left_out} and len(set(names)) == len(names)
+    assert set(HEAD_SETTINGS["depth"]) == set(inspect.signature(DepthHead).parameters) - {"dim", "num_prefix", "grid", "has_cls"}
+    assert STAGES == pipeline.STAGES
+
+
+def test_presets_are_read_without_torch():
+    code = "import sys; from raptor.presets import *; import raptor.needs; [load_preset(n) for n in preset_names()]; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("change,sentence", [
-    (lambda v: v.update(replica=2), "mine.yaml.*unknown key 'replica'; did you mean 'replicas'"),
+    (lambda v: v.update(replica=2), "mine.yaml: unknown key 'replica'; did you mean 'replicas'"),
     (lambda v: v["teacher"].update(pretained=True), "teacher: unknown key 'pretained'; did you mean 'pretrained'"),
     (lambda v: v["probes"]["depth"].update(sead=1), "probes: depth: unknown key 'sead'"),
     (lambda v: v["probes"]["depth"]["data"].pop("name"), "probes: depth: data: missing key 'name'"),
     (lambda v: v.pop("stage2"), "missing key 'stage2'"),
     (lambda v: v.update(replicas="two"), "replicas is 'two'; it must be int"),
     (lambda v: v.update(replicas=True), "replicas is True; it must be int"),
-    (lambda v: v.update(replicas=0), "at least 1"),
-    (lambda v: v.update(probes={"detph": v["probes"]["depth"]}), "did you mean 'depth'"),
-    (lambda v: v["activations"].update(source="disk"), "activation source"),
-    (lambda v: v["phases"].update(ends={3: [1, 2, 6]}), "ends are given for k = \\[3\\]"),
-    (lambda v: v.update(phases=[2]), "must hold keys and values"),
+    (lambda v: v.update(replicas=0), "replicas is 0; it must be at least 1"),
+    (lambda v: v["activations"].update(source="disk"), "activations: source: unknown value 'disk'; known: cached, live"),
+    (lambda v: v["block"].update(mlp="swiglue"), "block: mlp: unknown value 'swiglue'; did you mean 'swiglu'"),
+    (lambda v: v["data"].update(limit=0), "data: limit is 0; it must be at least 1"),
+    (lambda v: v["data"].update(size=[24, "24"]), r"data: size\[1\] is '24'; it must be int"),
+    # settings of trainings
+    (lambda v: v["stage1"].update(seed=3), "stage1: unknown key 'seed'"),
+    (lambda v: v["stage2"].update(step=5), "stage2: unknown key 'step'; did you mean 'steps'"),
+    (lambda v: v["last_block"].update(los="mse"), "last_block: unknown key 'los'; did you mean 'loss'"),
+    (lambda v: v["teacher"]["train"].update(stps=4), "teacher: train: unknown key 'stps'; did you mean 'steps'"),
+    (lambda v: v["teacher"]["train"].update(forcing="free"), "teacher: train: unknown key 'forcing'"),
+    (lambda v: v["teacher"]["train"]["loss_weights"].update(dept=1.0), "loss_weights: unknown task 'dept'; did you mean 'depth'"),
+    (lambda v: v["teacher"]["train"].update(loss_weights={"depth": "much"}), "loss_weights: depth is 'much'; it must be float"),
+    (lambda v: v["controls"].update(train={"stepz": 1}), "controls: train: unknown key 'stepz'"),
+    (lambda v: v["controls"].update(teacher={"loss_weights": {}}), "controls: teacher: unknown key 'loss_weights'"),
+    (lambda v: v["controls"].update(ks=[1, 0]), r"controls: ks is \[1, 0\]; each must be at least 1"),
+    (lambda v: v["controls"].update(k=4), r"controls: k is 4, and the study has Raptors for k = \[2\] alone"),
+    (lambda v: v["controls"].update(drop_paths=["none"]), r"controls: drop_paths\[0\] is 'none'; it must be float"),
+    (lambda v: v.update(stage2=[5]), r"stage2 is \[5\]; it must be dict"),
+    # probes and other models
+    (lambda v: v.update(probes={"detph": v["probes"]["depth"]}), "probes: unknown task 'detph'; did you mean 'depth'"),
+    (lambda v: v.update(probes={}), "give at least one"),
+    (lambda v: v["probes"]["depth"]["train"].update(epoch=1), "probes: depth: train: unknown key 'epoch'; did you mean 'epochs'"),
+    (lambda v: v["probes"]["depth"]["train"].update(steps=1), "probes: depth: train: unknown key 'steps'"),
+    (lambda v: v["probes"]["depth"]["head"].update(bin=8), "probes: depth: head: unknown key 'bin'; did you mean 'bins'"),
+    (lambda v: v["probes"]["segmentation"].update(head={"bins": 8}), "probes: segmentation: head: unknown key 'bins'"),
+    (lambda v: v.update(extra_models={"small": {"nam": "x"}}), "extra_models: small: unknown key 'nam'; did you mean 'name'"),
+    (lambda v: v.update(extra_models={1: {"name": "x"}}), "extra_models: a name is 1; it must be str"),
+    # phases
+    (lambda v: v.update(phases=[2]), "phases must hold keys and values"),
+    (lambda v: v["phases"].update(ks=["a"]), r"phases: ks\[0\] is 'a'; it must be int"),
+    (lambda v: v["phases"].update(ks=[2, 0]), r"phases: ks is \[2, 0\]; each must be at least 1"),
+    (lambda v: v["phases"].update(ks=[]), "phases: ks is .*; name at least one"),
+    (lambda v: v["phases"].update(ks=[2, 2]), "phases: ks is .*, and each once"),
+    (lambda v: v["phases"].update(ends={3: [1, 2, 6]}), r"ends are given for k = \[3\]"),
+    (lambda v: v["phases"].update(ends={2: 6}), "phases: ends: 2 is 6; it must be list"),
+    (lambda v: v["phases"].update(ends={2: [6, 6]}), r"phases: ends \(6, 6\) must be positive and strictly increasing"),
+    (lambda v: v["phases"].update(ends={2: [2, 4, 6]}), "make 3 phases, and stand for k = 2; give 2 numbers"),
+    (lambda v: v["phases"].update(ks=[2, 3], ends={2: [3, 6], 3: [3, 6, 12]}), "close with different layers"),
+    # seeds, and what it costs
+    (lambda v: v.update(seeds={"blok": 5}), "seeds: unknown key 'blok'; did you mean 'block'"),
+    (lambda v: v.update(seeds={"block": "five"}), "seeds: block is 'five'; it must be int"),
+    (lambda v: v.update(seeds={"spans": [[0, 2], [2]]}), r"each must be a pair \[start, end\]"),
+    (lambda v: v.update(resources={"rules": {"train_blok": {}}}), "resources: rules: unknown stage 'train_blok'; did you mean 'train_block'"),
+    (lambda v: v.update(resources={"rules": {"items": {"gpus": 1}}}), "resources: rules: items: unknown key 'gpus'; did you mean 'gpu'"),
+    (lambda v: v.update(resources={"rules": {"items": {"gpu": None}}}), "resources: rules: items: gpu is None; it must be int"),
+    (lambda v: v.update(resources={"rule": {"train_block": {}}}), "resources: unknown key 'rule'; did you mean 'rules'"),
+    (lambda v: v.update(resources={"threads": {"fig_sped": 2}}), "resources: threads: unknown stage 'fig_sped'; did you mean 'fig_speed'"),
+    (lambda v: v.update(resources={"threads": {"train_block": 0}}), "resources: threads: train_block is 0; it must be at least 1"),
+    (lambda v: v.update(resources={"disk_gb": "a lot"}), "resources: disk_gb is 'a lot'; it must be float"),
 ])
 def test_a_preset_that_is_wrong_is_told_where(tmp_path, change, sentence):
-    with pytest.raises(RaptorError, match=sentence): load_preset(write(tmp_path, change))
+    with pytest.raises(RaptorError, match=f"preset mine.yaml: .*{sentence}" if not sentence.startswith("mine") else sentence): load_preset(write(tmp_path, change))
 
 
-def test_unknown_settings_of_training_are_told(tmp_path):
-    study = Study.open(write(tmp_path, lambda v: v["stage2"].update(step=3)), tmp_path)
-    with pytest.raises(RaptorError, match="stage2: unknown key 'step'; did you mean 'steps'"): study.stage2_config(0)
+@pytest.mark.parametrize("text,sentence", [("- a\n- list", r"preset mine.yaml must hold keys and values, not \['a', 'list'\]"), ("", "must hold keys and values, not None"), ("just words", "not 'just words'"),
+    ("title: [", "is not valid YAML"), ("title: {a: b: c}", "is not valid YAML"), ("{[1]: 2}", "is not valid YAML"), ("title: 2024-13-45", "is not valid YAML"), (b"title: \xff", "is not valid YAML")])
+def test_a_file_that_is_no_preset_is_one_sentence(tmp_path, text, sentence):
+    (tmp_path/"mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RaptorError, match=sentence) as e: load_preset(tmp_path/"mine.yaml")
+    assert "\n" not in str(e.value)
+
+
+def test_seeds_that_are_not_given_are_the_usual_ones(tmp_path):
+    preset = load_preset(write(tmp_path, lambda v: v.update(seeds={"block": 5})))
+    assert preset.seeds == {**SEEDS, "block": 5} and all_runs(preset, PAPER)["block", "0-7-r0"].params["seed"] == 5
+    assert load_preset(write(tmp_path, lambda v: v.pop("seeds", None))).seeds == SEEDS
+
+
+# told before any work -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("change,sentence", [
+    (lambda v: v["teacher"].update(name="vit_nano_patch4_reg4_42"), "mine: teacher: unknown timm model 'vit_nano_patch4_reg4_42'; did you mean 'vit_nano_patch4_reg4_24'"),
+    (lambda v: v["teacher"].update(name="resnet50"), "mine: teacher: resnet50 .* cannot be a backbone"),
+    (lambda v: v["teacher"].update(img_size=25), "mine: teacher: .*not a multiple of the patch size"),
+    (lambda v: v["probes"]["depth"].update(img_size=[24, 26]), "mine: teacher: .*not a multiple of the patch size"),
+    (lambda v: v.update(extra_models={"small": {"name": "vit_smal_patch14_dinov2"}}), "mine: extra_models: small: unknown timm model 'vit_smal_patch14_dinov2'; did you mean"),
+    (lambda v: v["phases"].update(ks=[2, 7]), "phases: vit_nano_patch4_reg4_24 has 6 layers, which cannot be parted into k = 7 phases of at least 1"),
+    (lambda v: v["phases"].update(ks=[3], min_size=3), "cannot be parted into k = 3 phases of at least 3"),
+    (lambda v: v["phases"].update(ends={2: [7, 12]}), r"has 6 layers, and the ends \[7, 12\] close with 12; close them with 6"),
+    (lambda v: v["stage1"].update(lr="1e-3"), "mine: stage1: lr is '1e-3'; it must be float"),
+    (lambda v: v["stage2"].update(forcing="fre"), "mine: stage2: unknown forcing 'fre'; did you mean 'free'"),
+    (lambda v: v["last_block"].update(token_weights=[1, 2]), "mine: last_block: token weights .* three numbers"),
+    (lambda v: v["teacher"]["train"].update(steps=0), "mine: teacher: train: steps is 0"),
+    (lambda v: v["controls"].update(teacher={"schedule": "linear"}), "mine: controls: teacher: unknown schedule 'linear'"),
+    (lambda v: v["probes"]["depth"]["train"].update(precision="bf61"), "mine: probes: depth: train: unknown precision 'bf61'; did you mean 'bf16'"),
+    (lambda v: v["probes"]["depth"]["data"].update(name="digit_scene"), "did you mean 'digit_scenes'"),
+    (lambda v: v["probes"]["depth"]["data"].update(test_split="tests"), "unknown split of digit_scenes 'tests'; did you mean 'test'"),
+])
+def test_what_only_torch_can_tell_is_told_before_any_work(tmp_path, change, sentence):
+    with pytest.raises(RaptorError, match=sentence): check_files(load_preset(write(tmp_path, change)), tmp_path)
+
+
+def test_more_blocks_than_layers_in_the_sweep_are_left_out(tmp_path):
+    check_files(load_preset(write(tmp_path, lambda v: v["controls"].update(ks=[1, 9]))), tmp_path)
+
+
+def test_a_model_on_a_hub_is_left_alone(tmp_path):
+    check_models(load_preset(write(tmp_path, lambda v: v["teacher"].update(name="hf-hub:nobody/nothing"))))
+
+
+def test_models_are_looked_at_once(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(needs, "check_models", looked.append)
+    mine = load_preset(write(tmp_path, lambda v: None))
+    check_files(load_preset("smoke"), tmp_path)
+    assert not looked, "it ships with the package"
+    check_files(mine, tmp_path)
+    assert looked == [mine]
+    (tmp_path/"mine"/"phases").mkdir(parents=True)
+    (tmp_path/"mine"/"phases"/"phases.json").write_text('{"ends": {"2": [2, 6]}}')
+    check_files(mine, tmp_path)
+    assert len(looked) == 1, "the study has begun with it"
+    check_files(replace(mine, phases=replace(mine.phases, ks=[2, 7])), tmp_path)
+    assert len(looked) == 2, "another number of phases"
+
+
+def test_threads_may_be_given_to_items_too(tmp_path):
+    threads = {"train_block": 2, "fig_speed": 2, "tab_cost": 1}
+    assert load_preset(write(tmp_path, lambda v: v["resources"].update(threads=threads))).resources["threads"] == threads
+
+
+def test_what_a_run_asks_for(tmp_path):
+    rules = {"train_raptor": {"gpu": 2, "runtime": 60}, "items": {"mem_mb": 4000}}
+    preset = load_preset(write(tmp_path, lambda v: v["resources"].update(rules=rules)))
+    assert run_needs(preset, "train_control") == run_needs(preset, "train_raptor") == rules["train_raptor"]
+    assert run_needs(preset, "items") == run_needs(preset, "fig_speed") == run_needs(preset, "tab_probes") == rules["items"]
+    assert run_needs(preset, "train_block") == run_needs(preset, "summary") == {}
+    own = load_preset(write(tmp_path, lambda v: v["resources"].update(rules={**rules, "train_control": {"gpu": 1}})))
+    assert run_needs(own, "train_control") == {"gpu": 1}
+    assert all(run_needs(load_preset("smoke"), stage) == {} for stage in (*STAGES, "items", "fig_speed"))
 
 
 def test_names_and_files(tmp_path):
