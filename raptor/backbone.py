@@ -7,7 +7,7 @@ __all__ = ['default_cfgs', 'EmbeddedTeacher', 'vit_mini_patch4_reg4_24', 'vit_na
            'read_weights', 'load_linear_head', 'Freezable', 'TokenShape', 'LayeredModel', 'Backbone', 'save_backbone']
 
 # %% ../nbs/02_backbone.ipynb #4994e750
-import argparse, hashlib, json, warnings
+import argparse, hashlib, json, warnings, zipfile
 from pathlib import Path
 
 with warnings.catch_warnings(): # tqdm, which timm's hub client imports, complains in a notebook without ipywidgets
@@ -79,12 +79,22 @@ def _read_safetensors(path):
     with safe_open(path, framework="pt") as f:
         return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
 
+def _check_stored(path):
+    "`torch.save` stores its records as they are; compressed ones could be a thousand times larger than the file."
+    with zipfile.ZipFile(path) as z: records = z.infolist()
+    if any(r.compress_type != zipfile.ZIP_STORED or r.compress_size != r.file_size for r in records) or sum(r.file_size for r in records) > path.stat().st_size:
+        raise ValueError("its records are compressed or overlap, as torch.save never writes them")
+
 def _read_pth(path):
+    if zipfile.is_zipfile(path): _check_stored(path)
     with torch.serialization.safe_globals([argparse.Namespace]): # plain options, stored by many training scripts
         state = torch.load(path, map_location="cpu", weights_only=True)
-    while isinstance(state, dict) and (key := next((k for k in _wrappers if isinstance(state.get(k), dict)), None)): state = state[key]
+    for _ in range(8): # a wrapper inside a wrapper; a dictionary may also hold itself
+        if isinstance(state, dict) and (key := next((k for k in _wrappers if isinstance(state.get(k), dict)), None)): state = state[key]
     if not isinstance(state, dict): raise ValueError(f"it holds a {type(state).__name__}, not named tensors")
-    return {str(k).removeprefix("module.").removeprefix("backbone."): v for k, v in state.items() if isinstance(v, Tensor)}, {}
+    tensors = {str(k).removeprefix("module.").removeprefix("backbone."): v for k, v in state.items() if isinstance(v, Tensor)}
+    if sum(v.nbytes for v in tensors.values()) > 4*path.stat().st_size: raise ValueError("its tensors have many times more numbers than the file holds") # views of one another
+    return tensors, {}
 
 # %% ../nbs/02_backbone.ipynb #c402ef6a
 def read_weights(
@@ -128,7 +138,8 @@ def _translate(model, state, notes):
     if "grid" not in notes:
         if isinstance(model, Eva): return eva.checkpoint_filter_fn(state, model)
         return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
-    old, new = tuple(json.loads(notes["grid"])), tuple(model.patch_embed.grid_size)
+    rows, columns = json.loads(notes["grid"])
+    old, new = (rows, columns), tuple(model.patch_embed.grid_size)
     if old != new and getattr(model, "pos_embed", None) is not None:
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], new_size=new, old_size=old, num_prefix_tokens=prefix)

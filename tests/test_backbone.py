@@ -1,5 +1,5 @@
 "The backbone against timm's own forward pass, and against weight files that lie."
-import json, struct
+import json, struct, zipfile
 
 import pytest, timm, torch
 from safetensors.torch import save_file
@@ -11,13 +11,18 @@ TINY = dict(depth=3, embed_dim=48, num_heads=2)
 FAMILIES = { # name -> (image size, settings, has a class token, registers, the norm is applied by forward_features)
     "vit_small_patch14_reg4_dinov2": ((28, 42), {}, True, 4, True),
     "vit_base_patch14_dinov2": ((28, 28), {}, True, 0, True),
+    "vit_large_patch14_reg4_dinov2": ((28, 42), {}, True, 4, True),
+    "vit_giant_patch14_reg4_dinov2": ((28, 42), {}, True, 4, True), # SwiGLU
     "vit_small_patch16_dinov3": ((32, 48), {}, True, 4, True),
+    "vit_large_patch16_dinov3": ((32, 48), {}, True, 4, True),
+    "vit_7b_patch16_dinov3": ((32, 48), {}, True, 4, True), # SwiGLU
     "vit_small_patch16_rope_mixed_224": ((32, 48), {}, True, 0, True),
     "eva02_tiny_patch14_224": ((28, 42), {}, True, 0, False),
     "deit3_small_patch16_224": ((32, 48), {}, True, 0, True),
     "deit_tiny_distilled_patch16_224": ((32, 32), {}, True, 1, True),
     "vit_base_patch16_clip_224": ((32, 48), {}, True, 0, True),
     "vit_base_patch16_siglip_224": ((32, 32), {}, False, 0, True),
+    "vit_so400m_patch14_siglip_224": ((28, 28), {}, False, 0, True), # an MLP of 3.7 D
     "vit_base_patch16_224": ((32, 48), {}, True, 0, True),
     "vit_base_patch16_224.mae": ((32, 32), {}, True, 0, True),
     "vit_small_patch16_224": ((32, 32), dict(global_pool="avg"), True, 0, False),
@@ -62,6 +67,16 @@ def test_forward_intermediates_agrees():
     final, parts = backbone.model.forward_intermediates(images, output_fmt="NLC", return_prefix_tokens=True)
     assert torch.equal(backbone.trajectory(images)[:, 1:], torch.stack([torch.cat([prefix, patch], 1) for patch, prefix in parts], 1))
     assert torch.equal(backbone.features(images), final)
+
+
+@pytest.mark.parametrize("name, expected", [ # at full size, without storage: (depth, dim, heads, grid, prefix)
+    ("vit_small_patch14_reg4_dinov2", (12, 384, 6, (37, 37), 5)), ("vit_base_patch14_reg4_dinov2", (12, 768, 12, (37, 37), 5)), ("vit_large_patch14_reg4_dinov2", (24, 1024, 16, (37, 37), 5)),
+    ("vit_giant_patch14_reg4_dinov2", (40, 1536, 24, (37, 37), 5)), ("vit_large_patch16_dinov3", (24, 1024, 16, (16, 16), 5)), ("vit_so400m_patch14_siglip_224", (27, 1152, 16, (16, 16), 0))])
+def test_what_the_large_models_say_about_themselves(name, expected):
+    with torch.device("meta"): backbone = Backbone.create(name, pretrained=False)
+    assert (backbone.depth, backbone.dim, backbone.num_heads, backbone.grid, backbone.num_prefix) == expected
+    state = torch.empty(1, backbone.num_tokens, backbone.dim, device="meta")
+    assert backbone.advance(state, backbone.depth - 1, backbone.depth).shape == state.shape
 
 
 def test_the_papers_depth_size_has_35_by_46_patches():
@@ -178,7 +193,9 @@ class Payload:
     def __reduce__(self): return exec, (f"open({self.target!r}, 'w').close()",)
 
 
-@pytest.mark.parametrize("reader", [read_weights, load_linear_head, lambda p: Backbone.create("vit_nano_patch4_reg4_24", weights=p)])
+READERS = [read_weights, load_linear_head, lambda p: Backbone.create("vit_nano_patch4_reg4_24", weights=p)]
+
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickled_command_is_refused_and_does_not_run(tmp_path, reader, zipped):
     torch.save({"weight": torch.ones(2), "bias": Payload(tmp_path/"ran")}, tmp_path/"evil.pth", _use_new_zipfile_serialization=zipped)
@@ -200,6 +217,29 @@ def test_broken_files_are_named(tmp_path, name, content):
     (tmp_path/name).write_bytes(content)
     with pytest.raises(RaptorError, match=name) as e: read_weights(tmp_path/name)
     assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_compressed_archive_is_refused(tmp_path, reader):
+    torch.save({"weight": torch.zeros(1000, 1000), "bias": torch.zeros(1000)}, tmp_path/"plain.pth")
+    with zipfile.ZipFile(tmp_path/"plain.pth") as z, zipfile.ZipFile(tmp_path/"bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for record in z.namelist(): bomb.writestr(record, z.read(record))
+    assert (tmp_path/"bomb.pth").stat().st_size < 10_000
+    with pytest.raises(RaptorError, match="bomb.pth cannot be read: .*compressed") as e: reader(tmp_path/"bomb.pth")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_few_numbers_do_not_become_many(tmp_path, reader):
+    torch.save({"weight": torch.zeros(1).half().expand(10**4, 10**3), "bias": torch.zeros(10**4)}, tmp_path/"wide.pth")
+    with pytest.raises(RaptorError, match="wide.pth cannot be read: .*more numbers than the file"): reader(tmp_path/"wide.pth")
+
+
+@pytest.mark.timeout(20)
+def test_a_dictionary_that_holds_itself(tmp_path):
+    state = {"weight": torch.ones(2)}; state["model"] = state
+    torch.save(state, tmp_path/"loop.pth")
+    assert read_weights(tmp_path/"loop.pth")[0]["weight"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -233,8 +233,8 @@ def tensor(storage, offset, size, stride):
 FOUR = (("byteorder", b"little"), ("data/0", struct.pack("<4f", 1, 2, 3, 4)))
 
 def test_a_tensor_made_by_hand_is_read(tmp_path):
-    assert read_pickle(archive(tmp_path, program(tensor(STORAGE(4), 1, (3,), (1,))), FOUR)).tolist() == [2, 3, 4]
-    assert read_pickle(archive(tmp_path, program(tensor(STORAGE(4), 0, (2, 2), (1, 2))), FOUR[1:])).tolist() == [[1, 3], [2, 4]] # without a byte order, as older files
+    assert read_pickle(archive(tmp_path, program(tensor(STORAGE(4), 1, (3,), (1,))), FOUR))[0][""].tolist() == [2, 3, 4]
+    assert read_pickle(archive(tmp_path, program(tensor(STORAGE(4), 0, (2, 2), (1, 2))), FOUR[1:]))[0][""].tolist() == [[1, 3], [2, 4]] # without a byte order, as older files
 
 @pytest.mark.parametrize("data,records", [
     (program(tensor(STORAGE(5), 0, (4,), (1,))), FOUR), (program(tensor(STORAGE(2**40), 0, (4,), (1,))), FOUR), (program(tensor(STORAGE(-1), 0, (4,), (1,))), FOUR), (program(tensor(STORAGE(4), 1, (4,), (1,))), FOUR),
@@ -253,13 +253,91 @@ def test_compressed_records_are_refused(tmp_path):
     with pytest.raises(RaptorError, match="compressed"): read_pickle(archive(tmp_path, program(tensor(STORAGE(4), 0, (2,), (1,))), bomb, zipfile.ZIP_DEFLATED))
 
 
-def test_attributes_of_real_things_cannot_be_set(tmp_path):
-    "BUILD with a state for slots calls setattr on whatever is on the stack; nothing of torch or Python is ever there."
-    slots = b"N}X\x01\0\0\0xK\x01s\x86b"
-    for module, name in (("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict"), ("torch", "FloatStorage"), ("torch", "Size"), ("torch.nn.modules.linear", "Linear"), ("builtins", "set")):
-        try: read_pickle(archive(tmp_path, program(GLOBAL(module, name) + slots), FOUR))
-        except RaptorError: pass
-    assert not any(hasattr(thing, "x") for thing in (torch._utils._rebuild_tensor_v2, torch.FloatStorage, torch.float32, torch.Size, nn.Linear, tuple, set))
+STATE, SLOTS = b"}X\x01\0\0\0xK\x01sb", b"N}X\x01\0\0\0xK\x01s\x86b" # BUILD of {"x": 1}: into __dict__, and by setattr
+
+@pytest.mark.parametrize("build", [STATE, SLOTS])
+@pytest.mark.parametrize("module,name", [("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("collections", "OrderedDict"), ("torch", "FloatStorage"), ("torch", "float32"), ("torch", "Size"),
+    ("torch.nn.modules.linear", "Linear"), ("builtins", "set")])
+def test_nothing_that_a_name_stands_for_can_be_written_into(tmp_path, module, name, build):
+    with pytest.raises(RaptorError, match="cannot be imported"): read_pickle(archive(tmp_path, program(GLOBAL(module, name) + build), FOUR))
+
+
+QUADRUPLE = lambda *ops: b"(" + b"".join(ops) + b"t"
+HUGE = [QUADRUPLE(STORAGE(count), NUMBER(0), b"(" + NUMBER(5*10**10) + b"t", b"(" + NUMBER(step) + b"t") for count, step in ((4, 0), (4, 1), (0, 1))] # for Tensor.set_
+@pytest.mark.parametrize("state", [*HUGE, b"(\x88}}t", b"(\x88N}t", STATE[:-1], SLOTS[:-1]])
+def test_a_tensor_cannot_be_changed_once_it_is_made(tmp_path, state):
+    "BUILD calls __setstate__, which a real tensor has: it would take another size, ask for gradients, carry hooks."
+    made = tensor(STORAGE(4), 0, (4,), (1,))
+    with pytest.raises(RaptorError, match="cannot be imported"): read_pickle(archive(tmp_path, program(made, state, b"b"), FOUR))
+
+
+def test_a_tensor_may_share_numbers_but_not_multiply_them(tmp_path):
+    shared = b"}(" + b"".join(b"X\x02\0\0\0" + b"%02d" % i + (tensor(STORAGE(1000), 0, (1000,), (1,)) + b"q\x09" if i == 0 else b"h\x09") for i in range(99)) + b"u"
+    with pytest.raises(RaptorError, match="more numbers than the file"): read_pickle(archive(tmp_path, program(shared), (("data/0", bytes(4000)),)))
+
+
+NESTED = b"N" + b"\x85"*5000
+@pytest.mark.parametrize("data", [b"}" + NESTED + b"Ns", b"]" + NESTED + b"a", b"\x8f(" + NESTED + b"\x90", b"N" + b"q\0h\0\x86"*200, b"(" + b"("*200 + b"t"*200 + b"l", GLOBAL("torch._utils", "_rebuild_parameter") + b"q\0" + b"N" + b"q\1h\0h\1\x85R"*200])
+def test_deep_nesting_is_refused_before_anything_is_hashed(tmp_path, data):
+    "Python's hash of a tuple recurses without a limit: a million nested ones would end the process."
+    with pytest.raises(RaptorError, match="nested"): read_pickle(archive(tmp_path, program(data), FOUR))
+
+
+@pytest.mark.parametrize("module,name,arguments", [("torch", "Size", 100), ("torch", "Size", None), ("builtins", "set", 1000), ("collections", "OrderedDict", 1)])
+def test_containers_are_made_from_little(tmp_path, module, name, arguments):
+    "A list of a million and a call in two bytes would be a million copies of it."
+    made = GLOBAL(module, name) + (b"NN\x86R" if arguments is None else b"](" + (b"K\1" if name != "OrderedDict" else b"K\1K\2\x86")*arguments + b"e\x85R")
+    with pytest.raises(RaptorError, match="cannot be imported"): read_pickle(archive(tmp_path, program(made), FOUR))
+
+
+@pytest.mark.parametrize("data,sentence", [(b"}X" + struct.pack("<I", 5000) + b"k"*5000 + b"]s", "nested"), (b"}" + b"\x8b" + struct.pack("<I", 4000) + b"\x7f"*4000 + b"}s", "number is out of"),
+    (b"".join(b"ca%d\nMlp\n0" % i for i in range(2000)) + b"}", "kinds of layer"), (b"0"*5, None), (b"N0"*2**19, "MiB")])
+def test_outsized_names_and_numbers(tmp_path, data, sentence):
+    with pytest.raises(RaptorError, match=sentence) as e: import_author_checkpoint(archive(tmp_path, program(data), FOUR))
+    assert "\n" not in str(e.value) and len(str(e.value)) < 600
+
+
+@pytest.mark.parametrize("change", [lambda b: setattr(b.attn, "num_heads", 10**5000), lambda b: setattr(b.norm1, "eps", 10**5000), lambda b: vars(b).update({5: [1, 2]}), lambda b: setattr(b, "_non_persistent_buffers_set", 5)])
+def test_attributes_of_other_kinds(tmp_path, change):
+    try: import_author_checkpoint(saved(changed(change), tmp_path))
+    except RaptorError as e: assert "\n" not in str(e)
+
+
+def test_a_size_is_no_place_for_large_numbers(tmp_path):
+    "The product of many long numbers takes hours."
+    long = b"\x8b" + struct.pack("<I", 4000) + b"\x7f"*4000 + b"q\x09"
+    made = GLOBAL("torch._utils", "_rebuild_tensor_v2") + b"(" + STORAGE(4) + b"K\0(" + long + b"h\x09"*10**5 + b"tq\x08h\x08\x89}tR"
+    with pytest.raises(RaptorError, match="cannot be imported"): read_pickle(archive(tmp_path, program(made), FOUR))
+
+
+def test_attributes_of_stand_ins_cannot_reach_python(tmp_path):
+    "A stand-in takes any attribute, also those that Python looks up by itself; none of them runs anything of the file."
+    layer = GLOBAL("torch.nn.modules.linear", "Linear") + b")\x81"
+    for name in ("__setstate__", "__class__", "__dict__", "__reduce__", "__del__", "__hash__"):
+        key = b"X" + struct.pack("<I", len(name)) + name.encode()
+        for value in (GLOBAL("builtins", "set"), GLOBAL("torch._utils", "_rebuild_tensor_v2"), b"}", GLOBAL("torch.nn.modules.linear", "Linear")):
+            for state in (b"}" + key + value + b"sb", b"N}" + key + value + b"s\x86b"):
+                try: read_pickle(archive(tmp_path, program(layer + state + b"}" + key + b"Nsb"), FOUR))
+                except RaptorError: pass
+
+
+def test_no_module_is_imported_by_asking_torch_for_a_name(tmp_path, monkeypatch):
+    "torch imports some of its own modules, such as _inductor, when they are looked up in it."
+    asked = []
+    monkeypatch.setitem(vars(torch), "__getattr__", lambda name: asked.append(name))
+    for name in ("_inductor", "_dynamo", "onnx", "load", "float7"):
+        with pytest.raises(RaptorError, match=f"asks for torch.{name}"): read_pickle(archive(tmp_path, program(GLOBAL("torch", name)), FOUR))
+    assert not asked
+
+
+@pytest.mark.parametrize("past", [8, 1000, 10**6, 2**31])
+def test_a_record_that_runs_past_the_end_of_the_file(tmp_path, past):
+    path = archive(tmp_path, None, (("first", bytes(4096)), *FOUR, ("data.pkl", program(tensor(STORAGE(4), 0, (4,), (1,))))))
+    raw, size = bytearray(path.read_bytes()), struct.pack("<II", *[len(program(tensor(STORAGE(4), 0, (4,), (1,))))]*2)
+    for at in (raw.find(size), raw.rfind(size)): raw[at:at + 8] = struct.pack("<II", *[struct.unpack("<I", size[:4])[0] + past]*2)
+    path.write_bytes(raw)
+    with pytest.raises(RaptorError, match="cannot be imported") as e: import_author_checkpoint(path)
+    assert "\n" not in str(e.value)
 
 
 def test_other_files_are_refused(tmp_path):
