@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RaptorError', 'check_name', 'home_root', 'data_root', 'paper_root', 'check_writable', 'seed_everything', 'seed_for',
            'fingerprint', 'file_digest', 'atomic_path', 'write_json', 'read_json', 'progress', 'code_version',
-           'hardware', 'versions', 'run_record']
+           'hardware', 'versions', 'run_record', 'mixed_precision']
 
 # %% ../nbs/00_core.ipynb #7a41d96d
 import difflib, hashlib, json, os, platform, random, shutil, subprocess, sys, uuid
@@ -144,7 +144,7 @@ def read_json(
     "Read a JSON file; a file that is not JSON is a `RaptorError` that names it."
     try: return json.loads(Path(path).read_text())
     except FileNotFoundError as e: raise RaptorError(f"{path} does not exist; has the step that makes it run?") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise RaptorError(f"{path} is not valid JSON ({e}); delete it and run the step that makes it again.") from e
+    except (ValueError, RecursionError) as e: raise RaptorError(f"{path} is not valid JSON ({e}); delete it and run the step that makes it again.") from e
 
 # %% ../nbs/00_core.ipynb #676c82bd
 def progress(*args, **kwargs):
@@ -195,3 +195,18 @@ def run_record(
 ) -> dict: # flat, JSON-serialisable, the same for the same run
     "What it takes to run this again: seed, code, data, hardware, library versions."
     return {**more, "seed": seed, "data": data, "code": code_version(), "hardware": hardware(), "versions": versions()}
+
+# %% ../nbs/00_core.ipynb #a8821211
+def mixed_precision(
+    precision:str="auto", # auto | no | bf16 | fp16
+) -> str: # no | bf16 | fp16
+    "What to hand to Accelerate: `auto` is bfloat16 on hardware that multiplies it natively, and full precision elsewhere."
+    if check_name(precision, ("auto", "no", "bf16", "fp16"), "precision") != "auto": return precision
+    import torch
+    return "bf16" if (torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else _processor_flags() & {"avx512_bf16", "amx_bf16", "bf16"}) else "no"
+
+@lru_cache(maxsize=1)
+def _processor_flags() -> frozenset: # what Linux says of the first core; empty elsewhere
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return frozenset(next((l.split(":", 1)[1].split() for l in lines if l.lower().startswith(("flags", "features"))), ()))

@@ -7,7 +7,7 @@ __all__ = ['one_stage_config', 'train_one_stage', 'train_stage1', 'assess', 'own
            'train_snapshots', 'cached_source', 'order_accuracy', 'shown_models', 'kinds_of', 'measure_models', 'curves',
            'run_seconds']
 
-# %% ../nbs/11b_experiments.ipynb #a916daa1
+# %% ../nbs/11b_experiments.ipynb #8f406cf0
 import math, shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +21,7 @@ from .block import load_block
 from .controls import control_k
 from .core import RaptorError, seed_everything, seed_for
 from .dynamics import advance_with_order, brh_epsilon, token_kinds
+from .fit import FitConfig
 from .heads import probe_task
 from .intervals import by_group
 from .metrics import R2Meter
@@ -30,7 +31,7 @@ from .presets import block_runs
 from .probes import evaluate_heads, ordered_batches, train_teacher
 from .results import Results
 from .study import Study, make_config
-from .train import FitConfig, TrainConfig, train_raptor, train_span
+from .train import TrainConfig, train_raptor, train_span
 
 # %% ../nbs/11b_experiments.ipynb #1789e1a3
 def _device(model): return next(model.parameters()).device

@@ -1,5 +1,6 @@
 "Trajectory sources: the order of batches, live against cached, a killed writer, and caches that were tampered with."
 import json, os, signal, subprocess, sys, time, tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -8,7 +9,8 @@ from hypothesis import given, strategies as st
 import raptor.activations as activations
 from raptor.activations import BatchPlan, CachedTrajectories, LiveTrajectories, estimate_cache, estimate_cache_bytes
 from raptor.backbone import Backbone
-from raptor.core import RaptorError
+from raptor.core import RaptorError, fingerprint
+from raptor.order import prefetch
 
 
 def zarr_or_skip(): return pytest.importorskip("zarr", reason="a cache is written by zarr 3, which has no release for Python 3.10")
@@ -126,6 +128,106 @@ def test_augmentation_is_a_function_of_the_epoch(backbone, workers):
         assert torch.allclose(batch, backbone.trajectory(images), atol=1e-5)
 
 
+LIVE = """
+import os, signal, sys, time; sys.path.insert(0, {tests!r})
+import torch
+from test_activations import Noise
+from raptor.activations import LiveTrajectories
+from raptor.backbone import Backbone
+torch.manual_seed(0)
+backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, img_size=8, depth=3, embed_dim=16)
+batches = LiveTrajectories(backbone, Noise(), workers=2).batches(5, seed=0)
+next(batches)
+"""
+
+IMAGES = """
+import time
+from raptor.order import BatchPlan, image_batches
+class Numbers:
+    def __len__(self): return 50
+    def get_batch(self, indices): return indices
+opened = [image_batches(Numbers(), BatchPlan(50, 5, seed=0), workers=2) for _ in range(2)]
+for batches in opened: next(batches)
+"""
+
+def start_group(code):
+    "A script in a process group of its own."
+    return subprocess.Popen([sys.executable, "-c", code.replace("{tests!r}", repr(str(Path(__file__).parent)))], stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+def gone(group, seconds=3):
+    "Whether a process group has no process left, now or soon."
+    for _ in range(int(50 * seconds)):
+        try: os.killpg(group, 0)
+        except ProcessLookupError: return True
+        time.sleep(0.02)
+    os.killpg(group, signal.SIGKILL)
+    return False
+
+
+def test_sigterm_to_the_whole_group_leaves_the_workers_to_the_parent():
+    "SLURM ends a job so: the parent that handles the signal must still get its batches, and must still get rid of its workers."
+    process = start_group(LIVE + """
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+print("ready", flush=True)
+while not asked: time.sleep(0.01)
+for _ in range(20): next(batches) # more than the workers had ready
+print("done", flush=True) # the batches are still open when the script ends: its workers must end with it
+""")
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGTERM)
+    begun = time.time()
+    assert process.communicate(timeout=60)[0] == "done\n" and process.returncode == 0
+    assert gone(process.pid) and time.time() - begun < 4 # torch waits five seconds for a worker that does not end
+
+
+def test_workers_end_at_once_when_their_loader_is_closed_or_their_parent_is_gone():
+    process = start_group(IMAGES + """
+begun = time.time()
+del batches; opened.pop()
+print(time.time() - begun, flush=True)
+time.sleep(60)
+""")
+    assert float(process.stdout.readline()) < 2
+    process.kill(); process.wait(); process.stdout.close()
+    os.killpg(process.pid, signal.SIGTERM) # nobody is left who could want their batches
+    assert gone(process.pid)
+
+
+def test_prefetching_changes_neither_batches_nor_order():
+    batches = [{"image": torch.full((2,), i), "target": {"a": torch.tensor([i]), "b": [torch.tensor([i]), "name"]}, "index": i} for i in range(5)]
+    for device in ("cpu", torch.device("cpu"), None):
+        for got, given in zip(prefetch(iter(batches), device), batches, strict=True):
+            assert got["image"] is given["image"] and got["target"]["b"][0] is given["target"]["b"][0] and got["index"] == given["index"]
+    assert [int(t) for t in prefetch((torch.tensor(i) for i in range(3)), "cpu")] == [0, 1, 2] and list(prefetch([], "cpu")) == []
+
+
+def test_the_copy_of_the_next_batch_is_under_way_when_one_is_given(monkeypatch):
+    "The order of what is asked of the card, which need not be there for that."
+    said = []
+    class Stream:
+        def __init__(self, *a): pass
+        def record_event(self): said.append("copied"); return len(said)
+        def wait_event(self, event): said.append("wait")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream); monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: (said.append(f"send {int(self)}"), self)[1])
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: said.append(f"keep {int(self)}"))
+    for batch in prefetch(({"image": torch.tensor(i)} for i in range(3)), "cuda"): said.append(f"use {int(batch['image'])}")
+    assert " ".join(said) == "send 0 copied send 1 copied wait keep 0 use 0 send 2 copied wait keep 1 use 1 wait keep 2 use 2"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies ahead are made on a graphics card")
+@pytest.mark.parametrize("pinned", [False, True])
+def test_prefetching_to_a_graphics_card(pinned):
+    batches = [{"image": torch.randn(64, 3, 64, 64), "target": {"a": torch.tensor([i])}, "index": i} for i in range(9)]
+    given = ({**b, "image": b["image"].pin_memory()} if pinned else b for b in batches)
+    for got, wanted in zip(prefetch(given, "cuda"), batches, strict=True):
+        torch.empty(64, 3, 64, 64, device="cuda").fill_(7) # memory that is let go too early would be overwritten
+        assert got["image"].is_cuda and torch.equal(got["image"].cpu(), wanted["image"]) and got["target"]["a"].tolist() == wanted["target"]["a"].tolist()
+
+
 def test_autocast_and_dtype(backbone):
     exact = next(LiveTrajectories(backbone, Noise()).batches(4))
     rough = next(LiveTrajectories(backbone, Noise(), dtype=torch.bfloat16).batches(4))
@@ -161,7 +263,7 @@ def test_same_shuffled_batches_as_live_when_one_pool_holds_the_cache(backbone, s
 
 def test_an_epoch_opens_each_file_of_the_span_once_and_no_other(stored, monkeypatch):
     opened, real = [], os.open
-    monkeypatch.setattr(activations.os, "open", lambda path, flags: (opened.append(str(path)), real(path, flags))[1])
+    monkeypatch.setattr(os, "open", lambda path, flags: (opened.append(str(path)), real(path, flags))[1])
     list(CachedTrajectories(stored, pool_chunks=3).batches(5, start=1, end=2, seed=0, steps=10))
     names = [str(Path(p).relative_to(stored)) for p in opened]
     assert sorted(names) == sorted(f"states/c/{c}/{s}/0/0" for c in range(13) for s in (1, 2))
@@ -270,6 +372,15 @@ def test_another_cache_in_the_folder(backbone, copy, tmp_path):
     with pytest.raises(RaptorError, match="is not empty and holds no cache"): write_cache(backbone, Noise(), tmp_path/"mine")
 
 
+def test_states_of_another_precision_are_other_states(backbone, copy, tmp_path):
+    full, half = LiveTrajectories(backbone, Noise()), LiveTrajectories(backbone, Noise(), dtype=torch.bfloat16)
+    assert full.fingerprint == fingerprint([backbone.fingerprint, "noise-50"]) != half.fingerprint != LiveTrajectories(backbone, Noise(), dtype=torch.float16).fingerprint
+    with pytest.raises(RaptorError, match=r"\(vit_nano\w+ on noise train\), not \w+ \(vit_nano\w+ in bfloat16 on noise train\); choose"): write_cache(backbone, Noise(), copy, chunk_images=4, autocast=torch.bfloat16)
+    rough = write_cache(backbone, Noise(), tmp_path/"rough", autocast=torch.bfloat16)
+    assert rough.fingerprint == half.fingerprint and torch.equal(next(rough.batches(50)), next(half.batches(64)).half().float())
+    with pytest.raises(RaptorError, match=f"in bfloat16 on noise train\\) where {full.fingerprint} was expected"): CachedTrajectories(tmp_path/"rough", expect=full.fingerprint)
+
+
 @pytest.mark.parametrize("damage, said", [(lambda f: f.unlink(), "states/c/2/1/0/0 cannot be read"), (lambda f: f.write_bytes(f.read_bytes()[:-1]), "has 1151 bytes where 1152"),
                                           (lambda f: f.write_bytes(f.read_bytes() + b"x"), "has 1153 bytes where 1152"), (lambda f: f.write_bytes(b""), "has 0 bytes")])
 @pytest.mark.parametrize("seed", [None, 0])
@@ -344,6 +455,28 @@ def test_size_and_time_are_known_before(backbone, capsys, tmp_path):
     assert "50 images x 4 states x 9 tokens x 16 in float16: 5.76e-05 GB" in capsys.readouterr().out
     on_disk = sum(f.stat().st_size for f in (tmp_path/"c"/"states").rglob("*") if f.is_file() and f.name != "zarr.json")
     assert on_disk <= 0.52 * estimate_cache_bytes(50, 3, 9, 16, "float32")
+
+
+class Slow(Noise):
+    def __getitem__(self, i): time.sleep(0.01); return super().__getitem__(i)
+
+
+def test_the_estimate_fetches_and_computes_as_the_writer_will(backbone, monkeypatch):
+    one, two = (estimate_cache(backbone, Slow(), sample=24, workers=w)[1] for w in (0, 2))
+    assert 0.5 < one < 5 and 0.2 < two < 0.8 * one # 50 images at 10 ms, by one process or by two
+    seen = []
+    monkeypatch.setattr(Backbone, "trajectory", lambda self, x, *a, real=Backbone.trajectory: (seen.append(torch.is_autocast_enabled("cpu")), real(self, x, *a))[1])
+    estimate_cache(backbone, Noise(), sample=4); estimate_cache(backbone, Noise(), sample=4, autocast=torch.bfloat16)
+    assert seen == [False, False, True, True]
+
+
+def test_the_estimate_counts_a_slow_disk(backbone, monkeypatch, tmp_path):
+    fast = estimate_cache(backbone, Noise(), sample=8, path=tmp_path/"not"/"yet")[1]
+    real = activations.atomic_path
+    monkeypatch.setattr(activations, "atomic_path", lambda path: (time.sleep(0.1), real(path))[1])
+    slow = estimate_cache(backbone, Noise(), sample=8, path=tmp_path/"not"/"yet")[1]
+    assert slow > max(fast, 4 * 0.1 * 50 / 8) and not list(tmp_path.iterdir())
+    assert estimate_cache(backbone, Noise(), sample=8)[1] < slow
 
 
 def test_memory_does_not_grow_with_the_number_of_images(backbone, tmp_path):

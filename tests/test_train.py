@@ -12,7 +12,7 @@ from raptor.core import RaptorError, seed_everything, seed_for
 from raptor.model import Raptor, RecurrentBlock
 from raptor.phases import Phases
 from raptor.train import (FitConfig, StateLoss, TrainConfig, ar_loss, clear_checkpoint, fit, learning_rate, load_checkpoint, save_checkpoint,
-                          teacher_weight, tf_loss, train_raptor, train_span)
+                          SpanObjective, benchmark_step, teacher_weight, tf_loss, train_raptor, train_span)
 
 
 class Rotating:
@@ -269,3 +269,42 @@ def test_golden_run():
 
 
 GOLDEN = [0.081706, 0.102625]
+
+
+# the shared first step, and the step for a stopwatch -------------------------------------------------------------------
+def raptor_of(ends): seed_everything(2); return Raptor([RecurrentBlock(8, 2, layer_scale=0.3) for _ in ends], Phases(ends))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("make,start,n", [(new_block, 0, 1), (new_block, 2, 4), (lambda: raptor_of((2, 5)), 0, 5), (lambda: raptor_of((1,)), 0, 1)])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_sharing_the_first_step_changes_neither_loss_nor_gradient(weight, make, start, n, noise):
+    states = torch.randn(3, n + 1, 5, 8, generator=torch.Generator().manual_seed(4))
+    config = TrainConfig(steps=10, loss="weighted", noise=noise)
+    objective = SpanObjective(make(), start, config)
+    objective.weight = lambda step: weight
+    objective(states, 0)["loss"].backward()
+    plain = make().double()
+    given = (objective._noisy(states, 0) if noise else states).double()
+    distance = StateLoss("weighted", config.token_weights)
+    forced = distance(plain.predict_next(given, start), states[:, 1:].double())
+    rolled = distance(plain.rollout(given[:, 0], start, start + n)[:, 1:], states[:, 1:].double())
+    (weight * forced + (1 - weight) * rolled).backward()
+    for (name, p), q in zip(objective.model.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_the_step_for_a_stopwatch_is_that_of_the_loop(weight):
+    "One step of `fit` on the same states from the same weights ends with the same weights."
+    seed_everything(7)
+    timed, states = new_block(), torch.empty(0)
+    trained = new_block()
+    torch.manual_seed(11); step = benchmark_step(8, 2, 5, 1, 4, 3, weight, precision="no", model=timed)
+    torch.manual_seed(11); states = torch.randn(4, 4, 5, 8)
+    objective = SpanObjective(trained, 0, TrainConfig())
+    objective.weight = lambda step: weight
+    config = FitConfig(steps=1, batch_size=4, warmup=0, schedule="constant", lr=3e-4)
+    history = fit(objective, lambda *_: iter([states]), config)
+    assert float(step()) == pytest.approx(float(history["loss"].iloc[-1]), rel=1e-6)
+    assert same(weights(timed), weights(trained)) and not same(weights(timed), weights(new_block()))
