@@ -150,10 +150,10 @@ class ArrayDataset(ImageDataset):
 def limited(
     n:int, # items there are
     spec:DatasetSpec, # limit and seed
-) -> np.ndarray: # ascending positions
-    "The positions that a limit keeps: a fixed random subset, since files are usually sorted by class."
-    if spec.limit is None or spec.limit >= n: return np.arange(n)
-    return np.sort(np.argsort(random_table(("limit", spec.kind, spec.split, spec.seed), n, 1)[:, 0])[:spec.limit])
+) -> np.ndarray: # positions; without a limit ascending
+    "The positions that a limit keeps, in a fixed random order: files are sorted by class, and so no part of the subset is one class."
+    if spec.limit is None: return np.arange(n)
+    return np.argsort(random_table(("limit", spec.kind, spec.split, spec.seed), n, 1)[:, 0], kind="stable")[:spec.limit]
 
 # %% ../nbs/01_data.ipynb #d0e18b78
 def read_digits() -> tuple: # scans (1797, 8, 8) float64 in 0..16, classes (1797,) int64

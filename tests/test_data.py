@@ -228,10 +228,17 @@ def test_shifted_crop_agrees_with_numpy(dy, dx, flip, channels):
 
 @quick
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 5))
-def test_limited_subsets_are_nested_and_sorted(n, limit, seed):
-    kept = limited(n, spec(limit=limit, seed=seed))
-    assert len(kept) == min(n, limit) == len(set(kept)) and (np.diff(kept) > 0).all()
-    assert set(kept) <= set(limited(n, spec(limit=limit + 1, seed=seed))) <= set(range(n))
+def test_limited_subsets_are_the_beginnings_of_one_order(n, limit, seed):
+    kept = limited(n, spec(limit=limit, seed=seed)).tolist()
+    assert len(kept) == min(n, limit) == len(set(kept)) and set(kept) <= set(range(n))
+    assert kept == limited(n, spec(limit=limit + 1, seed=seed)).tolist()[:len(kept)]
+    assert limited(n, spec()).tolist() == list(range(n))
+
+
+def test_any_part_of_a_subset_of_sorted_files_shows_many_classes():
+    classes = np.arange(1000)//100 # as files come: one class after another
+    kept = classes[limited(1000, spec(limit=200))]
+    assert all(len(set(kept[i:i + 50])) >= 8 for i in range(0, 200, 50)) and (np.diff(kept) < 0).any()
 
 
 def test_random_rows_do_not_depend_on_how_many_are_drawn():

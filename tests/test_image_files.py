@@ -1,5 +1,6 @@
 "CIFAR-10, ImageNet and folders, on files made here."
-import hashlib, os, shutil, warnings
+import errno, hashlib, os, shutil, warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -7,9 +8,18 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import raptor.image_files as image_files
 from raptor.core import RaptorError
 from raptor.data import load_dataset
 from raptor.image_files import FileTable, ImageArrays, ImageFiles, for_each, hash_split, read_image, seeded
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory, monkeypatch):
+    "Where lists of unreadable files are kept."
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("RAPTOR_HOME", str(folder))
+    return folder
 
 
 def save(path, pixels, **options):
@@ -242,22 +252,96 @@ def test_every_kind_of_damage_is_one_sentence(tmp_path, break_it, form):
     assert "\n" not in str(e.value)
 
 
-def test_skip_leaves_out_counts_and_warns_once(photos):
+def test_skip_leaves_out_counts_names_and_warns_once(photos, home):
     whole = load_dataset("imagenet", "val", root=photos, size=32)
     before = whole[4]["image"], whole.fingerprint
     truncate(photos/"imagenet/val/n02/0.JPEG"); truncate(photos/"imagenet/val/n02/1.JPEG")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = load_dataset("imagenet", "val", root=photos, size=32, on_error="skip")
-    assert [str(w.message) for w in caught] == ["imagenet val: left out 2 unreadable items of 6, listed in .skipped"]
+    list_of_them, = (home/"unreadable").glob("*.json")
+    assert [str(w.message) for w in caught] == [f"imagenet val: left out 2 unreadable items of 6 (val/n02/0.JPEG, val/n02/1.JPEG); they are listed in {list_of_them}, delete it to have all files looked at again"]
     assert [Path(p).name for p in data.skipped] == ["0.JPEG", "1.JPEG"] and data.labels.tolist() == [0, 0, 2, 2]
     assert torch.equal(data[2]["image"], before[0]) and data.fingerprint != before[1]
     assert len(list(DataLoader(data, batch_size=3, num_workers=1))) == 2
 
 
-def test_skip_with_all_files_broken_is_an_error(photos):
+@pytest.mark.parametrize("time", ["first", "second"])
+def test_skip_with_all_files_broken_is_an_error(photos, time):
     for p in (photos/"imagenet/val").rglob("*.JPEG"): p.write_bytes(b"")
-    with pytest.raises(RaptorError, match="none of the 6 images"): load_dataset("imagenet", "val", root=photos, on_error="skip")
+    if time == "second": test_skip_with_all_files_broken_is_an_error(photos, "first")
+    with pytest.raises(RaptorError, match="none of the 6 images.*n01/0.JPEG"): load_dataset("imagenet", "val", root=photos, on_error="skip")
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    "The files that are decoded, as they are."
+    names, real = [], image_files.read_image
+    monkeypatch.setattr(image_files, "read_image", lambda path, *a: (names.append(path.name), real(path, *a))[1])
+    return names
+
+
+def skipping(root, **kwargs):
+    "What is skipped of the photographs, without the warning."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_dataset("imagenet", "val", root=root, size=32, on_error="skip", **kwargs)
+
+
+def test_unreadable_files_are_looked_for_once(photos, decoded):
+    bad = photos/"imagenet/val/n02/0.JPEG"
+    whole = bad.read_bytes(); truncate(bad)
+    first = skipping(photos)
+    assert len(decoded) == 6; decoded.clear()
+    again = skipping(photos)
+    assert decoded == [] and again.skipped == first.skipped == [str(bad)] and again.fingerprint == first.fingerprint
+    assert torch.equal(again.labels, first.labels) and len(again) == 5
+    with pytest.warns(UserWarning, match="left out 1 unreadable items of 6 .val/n02/0.JPEG"): load_dataset("imagenet", "val", root=photos, on_error="skip")
+    assert len(skipping(photos, limit=3)) + len(skipping(photos, limit=3).skipped) == 3 and len(decoded) == 3; decoded.clear() # another table: its own list
+    bad.write_bytes(whole) # mended: its size tells
+    assert skipping(photos).skipped == [] and len(decoded) == 6; decoded.clear()
+    assert len(skipping(photos)) == 6 and decoded == []
+    shutil.rmtree(photos/"imagenet/val/n03")
+    assert len(skipping(photos)) == 4 == len(decoded)
+
+
+@pytest.mark.filterwarnings("ignore:imagenet val. left out 1")
+def test_processes_that_open_a_data_set_together_decode_it_once(photos, decoded):
+    truncate(photos/"imagenet/val/n01/1.JPEG")
+    with ThreadPoolExecutor(4) as pool: sets = list(pool.map(lambda _: load_dataset("imagenet", "val", root=photos, on_error="skip"), range(4)))
+    assert len(decoded) == 6 and {len(s.skipped) for s in sets} == {1}
+
+
+def test_the_list_lies_beside_the_data_where_runs_cannot_be_written(photos, decoded, monkeypatch, home):
+    (home/"file").write_text(""); monkeypatch.setenv("RAPTOR_HOME", str(home/"file"/"below"))
+    truncate(photos/"imagenet/val/n01/0.JPEG")
+    assert len(skipping(photos).skipped) == 1 == len(list((photos/"imagenet/.unreadable").glob("*.json"))); decoded.clear()
+    assert len(skipping(photos).skipped) == 1 and decoded == []
+    shutil.rmtree(photos/"imagenet/.unreadable")
+    def refuse(folder): raise RaptorError("read-only")
+    monkeypatch.setattr(image_files, "check_writable", refuse)
+    for _ in range(2): # nowhere to keep it: said, and looked for again
+        with pytest.warns(UserWarning, match="n01/0.JPEG.; the list could not be kept"): load_dataset("imagenet", "val", root=photos, on_error="skip")
+    assert len(decoded) == 12
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", '{"positions": [6]}', '{"positions": ["0"]}', '{"positions": 3}'])
+def test_a_damaged_list_is_made_again(photos, decoded, home, damage):
+    truncate(photos/"imagenet/val/n01/0.JPEG"); skipping(photos)
+    path, = (home/"unreadable").glob("*.json"); kept = path.read_text()
+    path.write_text(damage); decoded.clear()
+    assert len(skipping(photos).skipped) == 1 and len(decoded) == 6 and path.read_text() == kept
+
+
+def test_what_a_disk_refuses_for_the_moment_is_not_remembered(photos, monkeypatch, home):
+    real = image_files.read_image
+    def fails(path, *a):
+        if path.name == "1.JPEG": raise RaptorError("cannot decode") from OSError(errno.EIO, "Input/output error")
+        return real(path, *a)
+    monkeypatch.setattr(image_files, "read_image", fails)
+    assert len(skipping(photos).skipped) == 3 and not list((home/"unreadable").glob("*.json"))
+    monkeypatch.undo(); monkeypatch.setenv("RAPTOR_HOME", str(home))
+    assert skipping(photos).skipped == []
 
 
 def test_skip_in_memory(cifar):

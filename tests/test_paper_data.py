@@ -1,5 +1,5 @@
 "ADE20K and NYUv2 in their exact formats, on files made here."
-import warnings
+import os, shutil, warnings
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -9,6 +9,10 @@ from torch.utils.data import DataLoader
 from raptor.core import RaptorError
 from raptor.data import load_dataset
 from raptor.paper_data import ade_labels, crop_window, depth_metres, eigen_crop, frame_padding
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch): monkeypatch.setenv("RAPTOR_HOME", str(tmp_path/"home")) # lists of unreadable files go there
+
 
 quick = settings(max_examples=60, deadline=None)
 RAW = dict(mean=(0,)*3, std=(1,)*3) # pixels in 0..1, so that values are known
@@ -100,9 +104,22 @@ def test_wrong_masks_are_named(ade, mask, said):
 
 
 def test_missing_parts_of_ade(ade):
-    (ade/"ADEChallengeData2016/annotations/validation/ADE_1.png").unlink()
-    with pytest.raises(RaptorError, match="annotations/validation/ADE_1.png does not exist"): load_dataset("ade20k", "val", "segmentation", root=ade)[0]
     with pytest.raises(RaptorError, match="ADEChallengeData2016/images/training"): load_dataset("ade20k", "train", "segmentation", root=ade/"x")
+
+
+def test_masks_that_are_missing_are_told_before_any_item_is_read(ade, monkeypatch):
+    masks = ade/"ADEChallengeData2016/annotations/validation"
+    for i in range(3, 8): shutil.copy(ade/"ADEChallengeData2016/images/validation/ADE_1.jpg", ade/f"ADEChallengeData2016/images/validation/ADE_{i}.jpg")
+    with pytest.raises(RaptorError, match=r"5 of 7 images have no mask, the first is .*annotations/validation/ADE_3.png; restore") as e: load_dataset("ade20k", "val", "segmentation", root=ade)
+    assert "\n" not in str(e.value)
+    assert len(load_dataset("ade20k", "train", "segmentation", root=ade)) == 2 # the other split is whole
+    with pytest.warns(UserWarning, match="left out 5 unreadable items of 7"):
+        assert len(load_dataset("ade20k", "val", "segmentation", root=ade, size=56, on_error="skip")) == 2
+    for i in range(3, 8): shutil.copy(masks/"ADE_1.png", masks/f"ADE_{i}.png")
+    asked, real = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, *a, **k: (asked.append(str(path)), real(path, *a, **k))[1])
+    load_dataset("ade20k", "val", "segmentation", root=ade)
+    assert not [p for p in asked if "ADE_" in p] # two folders are listed; 20,000 files are not asked for one by one
 
 
 # --- NYUv2 ----------------------------------------------------------------------------------------
