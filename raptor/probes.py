@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['shuffled_batches', 'ordered_batches', 'FeatureTable', 'table_bytes', 'ProbeConfig', 'ProbeObjective',
-           'evaluate_heads', 'to_device', 'train_probe', 'plain_attention', 'train_teacher', 'save_head', 'load_head',
-           'fidelity', 'ClassificationHead', 'SegmentationHead', 'DepthHead', 'probe_task', 'top1', 'mean_iou',
-           'depth_rmse', 'r2_score', 'R2Meter']
+           'evaluate_heads', 'train_probe', 'plain_attention', 'train_teacher', 'save_head', 'load_head', 'fidelity',
+           'ClassificationHead', 'SegmentationHead', 'DepthHead', 'probe_task', 'top1', 'mean_iou', 'depth_rmse',
+           'r2_score', 'R2Meter']
 
-# %% ../nbs/07_probes.ipynb #ea936ecd
+# %% ../nbs/07_probes.ipynb #ffe30c67
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .activations import BatchPlan, image_batches
-from .core import RaptorError, atomic_path
+from .core import RaptorError, atomic_path, mixed_precision
+from .fit import FitConfig, fit, make_accelerator
 from .heads import ClassificationHead, DepthHead, ProbeTask, SegmentationHead, probe_task
 from .metrics import R2Meter, depth_rmse, mean_iou, r2_score, top1
-from .train import FitConfig, fit, make_accelerator
+from .order import BatchPlan, image_batches, prefetch
 
 # %% ../nbs/07_probes.ipynb #bffcdc15
 _all_ = ["ClassificationHead", "SegmentationHead", "DepthHead", "probe_task", "top1", "mean_iou", "depth_rmse", "r2_score", "R2Meter"]
@@ -148,8 +148,7 @@ def evaluate_heads(
     objective = ProbeObjective(model, nn.ModuleDict(heads)).eval()
     device = next(iter(heads.values())).linear.weight.device
     meters = {n: probe_task(n).meter(num_classes or _classes(heads[n]), crop=crop) for n in heads}
-    for batch in ordered_batches(dataset, batch_size, workers):
-        batch = to_device(batch, device)
+    for batch in prefetch(ordered_batches(dataset, batch_size, workers), device):
         tokens = objective.tokens(batch)
         for name, head in heads.items():
             target = batch["target"][name] if isinstance(batch["target"], dict) else batch["target"]
@@ -159,29 +158,18 @@ def evaluate_heads(
 
 def _classes(head) -> int: return head.linear.out_features
 
-# %% ../nbs/07_probes.ipynb #8184f439
-def to_device(
-    batch, # tensor, or dictionaries of tensors
-    device, # torch device
-):
-    "A batch with all its tensors on `device`."
-    if isinstance(batch, dict): return {k: to_device(v, device) for k, v in batch.items()}
-    return batch.to(device, non_blocking=True)
-
 # %% ../nbs/07_probes.ipynb #99d4866d
 def _fit_heads(model, heads:nn.ModuleDict, train, config:ProbeConfig, folder, evaluate, made_for, weights=None, workers=0) -> pd.DataFrame:
     "Train heads (and the model, if it is not frozen) on `train`."
     accelerator = make_accelerator(config.precision)
     model.to(accelerator.device); heads.to(accelerator.device)
     objective = ProbeObjective(model, heads, weights)
-    def batches(first_step, rank, world):
-        for b in shuffled_batches(train, config, first_step, rank, world, workers):
-            yield to_device(b, accelerator.device)
+    def batches(first_step, rank, world): return prefetch(shuffled_batches(train, config, first_step, rank, world, workers), accelerator.device)
     return fit(objective, batches, config, folder, made_for=made_for, evaluate=evaluate, title="probe")
 
 # %% ../nbs/07_probes.ipynb #9c7fffab
 def train_probe(
-    model, # frozen, with .features(images): a Backbone, or a RaptorBackbone
+    model:nn.Module, # with .features(images): a Backbone, or a RaptorBackbone; frozen here, if it is not
     task:str, # classification | segmentation | depth
     train, # training split of that task
     test, # split that is reported on
@@ -194,6 +182,7 @@ def train_probe(
 ) -> tuple[nn.Module, dict, pd.DataFrame]: # the head; {metric, best, best_epoch, last, ...}; the history
     "Train one head on a frozen model; report the score of the best and of the last epoch on `test`."
     spec = probe_task(task)
+    model.requires_grad_(False).eval() # a Raptor that was just read could still be trained
     head = spec.make_head(model, train.num_classes, **(settings or {}))
     if official: head.load_official(*official)
     config, made_for = config.for_data(len(train)), [task, settings, model.fingerprint, train.fingerprint, test.fingerprint]
@@ -212,7 +201,7 @@ def _best_and_last(history:pd.DataFrame, spec:ProbeTask) -> dict:
     row = scores.loc[scores[spec.metric_name].idxmax() if spec.higher_is_better else scores[spec.metric_name].idxmin()]
     return {"metric": spec.metric_name, "best": row[spec.metric_name], "best_epoch": int(row["epoch"]), "last": scores[spec.metric_name].iloc[-1], "epochs": int(scores["epoch"].iloc[-1])}
 
-# %% ../nbs/07_probes.ipynb #9220330e
+# %% ../nbs/07_probes.ipynb #82c704ed
 @contextmanager
 def plain_attention(
     backbone, # a Backbone; timm's attention modules carry a switch
@@ -220,7 +209,7 @@ def plain_attention(
 ):
     "On a CPU in 16 bits, plain softmax attention is several times faster than the fused kernel at small sizes: switch to it for a while."
     modules = [m for m in backbone.modules() if getattr(m, "fused_attn", False)]
-    plain = precision != "no" and not torch.cuda.is_available()
+    plain = mixed_precision(precision) != "no" and not torch.cuda.is_available()
     for m in modules: m.fused_attn = not plain
     try: yield
     finally:
@@ -267,9 +256,12 @@ def load_head(
     "Read a head; one that is damaged or was made for another width is refused."
     try:
         with safe_open(path, "pt") as f: settings, state = json.loads(f.metadata()["settings"]), {k: f.get_tensor(k) for k in f.keys()}
-        head = probe_task(task).make_head(model, len(state["linear.weight"]), **settings)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-        raise RaptorError(f"the head {path} is missing or damaged ({e}); run the step that makes it again.") from e
+        outputs = len(state["linear.weight"])
+        if not isinstance(settings, dict): raise ValueError(f"its settings are {str(settings)[:40]!r}")
+        if settings.get("bins", outputs) != outputs: raise ValueError(f"{settings['bins']} bins and {outputs} rows of weights")
+        head = probe_task(task).make_head(model, outputs, **settings)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
+        raise RaptorError(f"the head {path} is missing or damaged ({' '.join(str(e).split())[:120]}); run the step that makes it again.") from e
     try: head.load_state_dict(state)
     except RuntimeError as e: raise RaptorError(f"the head {path} does not fit a {task} head on {model.name} (width {model.dim}); it was made for another backbone.") from e
     return head.eval()

@@ -74,15 +74,15 @@ def test_same_seed_same_head():
     assert torch.equal(run(), run())
 
 
-def test_a_probe_leaves_the_backbone_alone():
+@pytest.mark.parametrize("augment", [False, True]) # features computed once, and in every step
+def test_a_probe_leaves_the_backbone_alone(augment):
     seed_everything(0)
     backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
     model = RaptorBackbone(backbone, Raptor.create(Phases((2, 6)), backbone.dim, backbone.num_heads))
     data = load_dataset("digit_scenes", "train", "segmentation", limit=64, train_transform=False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     # a Raptor's own parameters still ask for gradients: the loop must freeze what it is handed
-    model.requires_grad_(False)
-    train_probe(model, "segmentation", data, data, ProbeConfig(epochs=1, batch_size=32, lr=0.1, augment=False, log_every=1))
+    train_probe(model, "segmentation", data, data, ProbeConfig(epochs=1, batch_size=32, lr=0.1, augment=augment, log_every=1))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -114,15 +114,13 @@ def test_stochastic_depth_survives_a_restart(tmp_path):
     whole = start(); train_teacher(whole, data, config, **arguments)
     class Cut(Exception): pass
     import raptor.probes as probes
-    original, seen = probes.to_device, []
-    def cut(batch, device):
-        seen.append(1)
-        if len(seen) == 5: raise Cut
-        return original(batch, device)
-    probes.to_device = cut
-    try:
-        with pytest.raises(Cut): train_teacher(start(), data, config, tmp_path, **arguments)
-    finally: probes.to_device = original
+    def cut(batches, device):
+        for i, batch in enumerate(batches):
+            if i == 4: raise Cut
+            yield batch
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(probes, "prefetch", cut)
+        train_teacher(start(), data, config, tmp_path, **arguments)
     again = start(); train_teacher(again, data, config, tmp_path, **arguments)
     assert whole.fingerprint == again.fingerprint
 
