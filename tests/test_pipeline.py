@@ -1,17 +1,34 @@
 """The command line, as a user meets it: real processes, real files, real kills."""
-import json, os, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, time
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
+from safetensors.torch import load_file
 
-from raptor.core import paper_root
-from raptor.presets import preset_path
+import raptor.pipeline as pipeline
+from raptor.controls import control_runs
+from raptor.core import RaptorError, paper_root
+from raptor.presets import all_runs, load_preset, preset_path
 
 
-def raptor(*argv, home, timeout=110, **kwargs):
+def start(*argv, home, **kwargs):
     env = {**os.environ, "RAPTOR_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "raptor.pipeline", *map(str, argv)], env=env, capture_output=True, text=True, timeout=timeout, **kwargs)
+    return subprocess.Popen([sys.executable, "-m", "raptor.pipeline", *map(str, argv)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def raptor(*argv, home, timeout=110):
+    process = start(*argv, home=home)
+    try: out, err = process.communicate(timeout=timeout)
+    finally: process.kill()
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+
+def until(holds, seconds=60):
+    end = time.time() + seconds
+    while not (value := holds()): assert time.time() < end; time.sleep(0.05)
+    return value
 
 
 def sentence(result):
@@ -29,10 +46,15 @@ def tiny(tmp_path, **changes):
     for stage in ("stage1", "stage2"): values[stage].update(steps=4, warmup=1, checkpoint_every=2)
     values["data"].update(limit=128, test_limit=64)
     values["phases"].update(images=128)
+    for probe in values["probes"].values(): probe["data"].update(limit=64, test_limit=64); probe["train"].update(epochs=1, warmup=1)
     for key, value in changes.items(): values[key] = value
     path = tmp_path/"tiny.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+def need_study():
+    for needed in ("snakemake", "zarr"): pytest.importorskip(needed, reason=f"{needed} has no release that fits for Python 3.10")
 
 
 def test_help_reads_well(tmp_path):
@@ -69,9 +91,18 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in raptor("--debug", "reproduce", "--preset", "digit", home=tmp_path).stderr
 
 
-def test_a_home_that_cannot_be_written_is_told_before_any_work(tmp_path):
+@pytest.mark.parametrize("argv", [["reproduce"], ["run", "train_teacher"]])
+def test_a_home_that_cannot_be_written_is_told_before_any_work(tmp_path, argv):
     (tmp_path/"file").write_text("in the way")
-    assert "cannot write to" in sentence(raptor("reproduce", "--preset", "smoke", home=tmp_path/"file"/"home"))
+    assert f"cannot write to {tmp_path/'file'/'home'/'smoke'}" in sentence(raptor(*argv, "--preset", "smoke", home=tmp_path/"file"/"home"))
+
+
+def test_any_other_file_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path/"file").write_text("in the way")
+    argv = ("run", "fig_similarity", "--preset", "smoke", "--output", tmp_path/"file"/"copy.ipynb")
+    said = raptor(*argv, home=tmp_path/"home")
+    assert sentence(said).startswith(f"raptor: {tmp_path/'file'}: ") and said.returncode == 1
+    assert "Traceback" in raptor("--debug", *argv, home=tmp_path/"home").stderr
 
 
 def test_a_disk_that_is_too_small_is_told_before_any_work(tmp_path):
@@ -88,16 +119,6 @@ def test_an_unknown_backbone_is_told_through_the_notebook(tmp_path):
     assert (tmp_path/"tiny"/"notebooks"/"train_teacher.failed.ipynb").exists() and not (tmp_path/"tiny"/"teacher"/"backbone.safetensors").exists()
 
 
-def test_k_larger_than_the_depth(tmp_path):
-    pytest.importorskip("zarr", reason="the smoke study keeps a cache, and zarr 3 has no release for Python 3.10")
-    preset = tiny(tmp_path)
-    assert raptor("run", "train_teacher", "--preset", preset, home=tmp_path).returncode == 0
-    assert raptor("run", "cache_activations", "--preset", preset, home=tmp_path).returncode == 0
-    values = yaml.safe_load(preset.read_text()); values["phases"]["ks"] = [9]; preset.write_text(yaml.safe_dump(values))
-    assert "9" in (said := sentence(raptor("run", "find_phases", "--preset", preset, home=tmp_path))) and "6" in said
-    assert not (tmp_path/"tiny"/"phases"/"phases.json").exists()
-
-
 def test_two_commands_do_not_share_a_study(tmp_path):
     import fcntl
     (tmp_path/"smoke").mkdir()
@@ -110,33 +131,138 @@ def test_a_missing_step_says_which_notebook_to_run(tmp_path):
     assert "run the notebook train_teacher first" in sentence(raptor("run", "find_phases", "--preset", "smoke", home=tmp_path))
 
 
-def start(preset, home):
-    env = {**os.environ, "RAPTOR_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "raptor.pipeline", "reproduce", "--preset", str(preset), "--only", "find_phases"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_a_run_that_is_stopped_before_it_trains_says_so(tmp_path):
+    "SIGTERM while the kernel has nothing yet to save: it just goes."
+    process = start("run", "train_teacher", "--preset", "smoke", home=tmp_path)
+    until(lambda: any("ipykernel" in word for child in psutil.Process(process.pid).children() for word in child.as_dict(["cmdline"])["cmdline"] or ()))
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert err == "raptor: train_teacher was asked to stop; start it again and it goes on\n" and process.returncode == 1
 
 
-@pytest.mark.timeout(180)
-def test_killed_anywhere_it_goes_on_and_does_nothing_twice(tmp_path):
-    "kill -9 of the command while the teacher trains, a restart, and a third start that finds nothing to do."
-    for needed in ("snakemake", "zarr"): pytest.importorskip(needed, reason=f"{needed} has no release that fits for Python 3.10")
-    preset, home = tiny(tmp_path), tmp_path/"home"
-    values = yaml.safe_load(preset.read_text()); values["teacher"]["train"].update(steps=60, checkpoint_every=3); preset.write_text(yaml.safe_dump(values))
-    first = start(preset, home)
-    checkpoint = home/"tiny"/"teacher"/"checkpoint.safetensors"
-    end = time.time() + 60
-    while not checkpoint.exists(): assert time.time() < end and first.poll() is None; time.sleep(0.05)
-    first.send_signal(signal.SIGKILL); first.wait()
-    time.sleep(3) # its notebook and kernel notice that their parent is gone
+def test_ctrl_c_before_anything_runs_is_one_sentence(tmp_path):
+    need_study()
+    process = start("reproduce", "--preset", tiny(tmp_path), home=tmp_path/"home", start_new_session=True)
+    until(lambda: (tmp_path/"home"/"tiny"/"study.yaml").exists())
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert "Traceback" not in out + err and re.fullmatch("raptor: .* start the same command again to go on.", err.splitlines()[-1]) and process.returncode != 0, err
+
+
+# checkpoints and leftovers -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name,ends", [("smoke", {2: (3, 6)}), ("digits", {2: (5, 12), 3: (5, 9, 12)})])
+def test_the_checkpoints_of_every_run_are_found(tmp_path, name, ends):
+    preset = load_preset(name)
+    runs = [(f"train_{r.kind}", r.params, r.folder) for r in all_runs(preset, ends).values()]
+    runs += [("train_control", {"name": r.name, **r.params}, r.folder) for r in control_runs(preset, ends).values()] + [("train_teacher", {}, "teacher")]
+    for *_, folder in runs:
+        for path in (tmp_path/folder, tmp_path/folder/"one-of-many"): path.mkdir(parents=True); (path/"checkpoint.safetensors").touch()
+        (tmp_path/folder/"result.csv").touch()
+    for i, (notebook, params, folder) in enumerate(runs, 1):
+        pipeline.clear_checkpoints(notebook, params, tmp_path)
+        assert [p.name for p in (tmp_path/folder).rglob("*")] == ["result.csv"] and len(list(tmp_path.rglob("checkpoint.safetensors"))) == 2*(len(runs) - i)
+
+
+@pytest.mark.parametrize("rank,fails,stays", [("0", False, False), ("1", False, True), ("0", True, True)])
+def test_a_checkpoint_goes_when_the_first_process_has_its_executed_copy(tmp_path, monkeypatch, rank, fails, stays):
+    checkpoint = tmp_path/"smoke"/"blocks"/"0-3-r0"/"checkpoint.safetensors"
+    def run_notebook(name, parameters, output):
+        assert checkpoint.exists()
+        if fails: raise RaptorError("train_block failed")
+    for name, stand_in in (("run_notebook", run_notebook), ("leave_with_parent", lambda: None)): monkeypatch.setattr(pipeline, name, stand_in)
+    for name, value in (("RANK", rank), ("RAPTOR_HOME", str(tmp_path)), ("RAPTOR_PROGRESS", "0"), ("OMP_NUM_THREADS", "1"), ("OMP_WAIT_POLICY", "passive")): monkeypatch.setenv(name, value)
+    checkpoint.parent.mkdir(parents=True); checkpoint.touch(); (checkpoint.parent/"block.safetensors").touch()
+    try: pipeline.run_command("train_block", preset="smoke", param=["start=0", "end=3"])
+    except RaptorError: assert fails
+    assert checkpoint.exists() == stays
+
+
+# whole studies -------------------------------------------------------------------------------------------------------
+def left_by_killed_writers(folder): return [p for p in folder.rglob(".*-????????*") if ".snakemake" not in p.parts]
+
+
+def nobody_writes(checkpoint):
+    time.sleep(3) # notebooks and kernels notice that their parent is gone
     seen = checkpoint.stat().st_mtime_ns
     time.sleep(1.5)
     assert checkpoint.stat().st_mtime_ns == seen, "an orphan is still training"
-    assert start(preset, home).wait(100) == 0
-    made = {p: p.stat().st_mtime_ns for p in (home/"tiny").rglob("result.csv")} | {p: p.stat().st_mtime_ns for p in (home/"tiny").rglob("*.ipynb")}
-    third = raptor("reproduce", "--preset", preset, "--only", "find_phases", home=home)
-    assert third.returncode == 0 and all(p.stat().st_mtime_ns == t for p, t in made.items())
+
+
+def test_killed_or_interrupted_it_goes_on(tmp_path):
+    "kill -9 of the command while the teacher trains; then Ctrl-C, as a terminal sends it to the whole group of processes; then to the end."
+    need_study()
+    preset, home, steps = tiny(tmp_path), tmp_path/"home", 90
+    values = yaml.safe_load(preset.read_text()); values["teacher"]["train"].update(steps=steps, checkpoint_every=3); preset.write_text(yaml.safe_dump(values))
+    command, checkpoint = ("reproduce", "--preset", preset, "--only", "find_phases"), home/"tiny"/"teacher"/"checkpoint.safetensors"
+    first = start(*command, home=home)
+    until(lambda: checkpoint.exists() or first.poll() is not None)
+    assert first.poll() is None, first.stderr.read()
+    first.kill(); first.communicate()
+    nobody_writes(checkpoint)
+    seen, left = checkpoint.stat().st_mtime_ns, checkpoint.with_name(".checkpoint-0123abcd.safetensors")
+    left.touch()
+    second = start(*command, home=home, start_new_session=True)
+    until(lambda: checkpoint.stat().st_mtime_ns != seen or second.poll() is not None)
+    assert second.poll() is None and not left.exists()
+    os.killpg(second.pid, signal.SIGINT)
+    said = "".join(second.communicate(timeout=60))
+    assert second.returncode != 0 and "start the same command again" in said and "Traceback" not in said, said
+    nobody_writes(checkpoint)
+    assert raptor(*command, home=home).returncode == 0
     assert not checkpoint.exists() and json.loads((home/"tiny"/"phases"/"phases.json").read_text())["ends"]["2"][-1] == 6
     history = pd.read_csv(home/"tiny"/"teacher"/"history.csv")
-    assert history.step.is_unique and history.step.iloc[-1] == 60
+    assert history.step.is_unique and history.step.iloc[-1] == steps and not left_by_killed_writers(home/"tiny")
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    "The main job twice with the same seeds, side by side, each to its page: the folders, and the preset."
+    need_study()
+    folder = tmp_path_factory.mktemp("studies")
+    preset = tiny(folder)
+    running = [start("reproduce", "--preset", preset, home=folder/home) for home in ("one", "two")]
+    try:
+        for process in running: assert process.wait(110) == 0, process.stderr.read()
+    finally:
+        for process in running: process.kill(); process.communicate()
+    return folder/"one"/"tiny", folder/"two"/"tiny", preset
+
+
+def test_the_same_seeds_give_the_same_study(studies):
+    one, two, _ = studies
+    a, b = (pd.read_csv(s/"results"/"tab_probes.csv") for s in (one, two))
+    assert len(a) and set(a["row"]) == {"Teacher", "Raptor k=2"} and set(a.metric) == {"top1", "miou", "rmse"} and a["mean"].notna().all()
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+    weights = [{p.relative_to(s): load_file(p) for p in s.rglob("*.safetensors")} for s in (one, two)]
+    assert set(weights[0]) == set(weights[1]) and len(weights[0]) == 1 + 3 + 2 + 1 + 6, "a teacher and its heads, blocks, a Raptor, probes; no checkpoint"
+    for path, tensors in weights[0].items(): assert all(t.equal(weights[1][path][name]) for name, t in tensors.items()), path
+
+
+def test_k_larger_than_the_depth(studies, tmp_path):
+    folder, _, preset = studies
+    shutil.copytree(folder, tmp_path/"home"/"tiny", ignore=shutil.ignore_patterns("phases", ".snakemake"))
+    values = yaml.safe_load(preset.read_text()); values["phases"]["ks"] = [9]; (tmp_path/"tiny.yaml").write_text(yaml.safe_dump(values))
+    assert "9" in (said := sentence(raptor("run", "find_phases", "--preset", tmp_path/"tiny.yaml", home=tmp_path/"home"))) and "6" in said
+    assert not (tmp_path/"home"/"tiny"/"phases"/"phases.json").exists()
+
+
+def test_the_page_needs_no_network(studies):
+    page = (studies[0]/"summary.html").read_text()
+    assert "not run: " not in page and page.count("<img") >= 2, "every main item ran"
+    assert not re.search(r"""<script|<link|@import|(src|srcset|data)\s*=\s*["']?\s*(https?:)?//|url\(\s*["']?\s*(https?:)?//""", page)
+
+
+def test_nothing_is_done_twice_but_more_replicas_are_trained_beside_those_that_are_there(studies):
+    folder, _, preset = studies
+    def made(): return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and ".snakemake" not in p.parts and p.name not in ("study.yaml", ".lock")}
+    before = made()
+    again = raptor("reproduce", "--preset", preset, home=folder.parent)
+    assert again.returncode == 0 and re.fullmatch(r"done in \d+ s: \S+summary.html\n", again.stdout), again.stdout
+    assert made() == before
+    assert raptor("reproduce", "--preset", preset, "--only", "train_raptor", "--replicas", "2", home=folder.parent).returncode == 0
+    assert {p: t for p, t in made().items() if p in before} == before, "the first replica was trained again"
+    seeds = [pd.read_csv(folder/"raptors"/name/"result.csv")["seed"].iloc[0] for name in ("k2-r0", "k2-r1")]
+    assert seeds[0] != seeds[1] and not left_by_killed_writers(folder)
 
 
 def test_dry_run_changes_nothing(tmp_path):
