@@ -121,6 +121,8 @@ def check_files(
     for name, file in files:
         if not weights_file(file).is_file(): raise RaptorError(f"preset {preset.name}: {name}: there is no file {weights_file(file)}; put it there, or name another.")
     study, seen = Study(preset, Path(home) if home else None), []
+    for name, spec in _backbones(preset).items(): # the runs themselves may have no connection to the hub
+        if spec.pretrained and not spec.weights: study.teacher(spec)
     for _, spec, split, task in uses:
         if (spec, split, task) in seen: continue
         data = study.dataset(split, task, spec)

@@ -7,7 +7,7 @@ __all__ = ['Study', 'weights_file', 'teacher_spec', 'normalisation', 'dataset', 
            'teacher_task', 'source', 'cache_estimate', 'cache', 'new_block', 'stage1_config', 'stage2_config',
            'probe_config', 'teacher_config', 'make_config', 'model', 'models', 'Spliced', 'validation']
 
-# %% ../nbs/11_study.ipynb #fc984f9c
+# %% ../nbs/11_study.ipynb #5f87dc1d
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -16,16 +16,18 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-from .activations import CachedTrajectories, LiveTrajectories, estimate_cache, write_cache
+from .activations import LiveTrajectories, estimate_cache, write_cache
 from .backbone import Backbone, load_linear_head
-from .core import RaptorError, atomic_path, data_root, seed_everything
+from .cache import CachedTrajectories
+from .core import RaptorError, atomic_path, data_root, mixed_precision, seed_everything
 from .data import load_dataset
+from .fit import FitConfig, make_accelerator
 from .heads import ClassificationHead
 from .model import Raptor, RaptorBackbone, RecurrentBlock
 from .presets import DataSpec, TeacherSpec, build_spec
 from .probes import ProbeConfig, evaluate_heads, fidelity, load_head
 from .results import Results
-from .train import FitConfig, TrainConfig, make_accelerator
+from .train import TrainConfig
 import timm # after raptor.backbone, which keeps its warning in notebooks to itself
 from timm.data import resolve_data_config
 
@@ -130,7 +132,7 @@ def teacher_task(self:Study) -> str:
 Study.dataset, Study.teacher, Study._random, Study.official_head, Study.teacher_heads = dataset, teacher, _random, official_head, teacher_heads
 Study.teacher_task = property(teacher_task)
 
-# %% ../nbs/11_study.ipynb #5d5af9c4
+# %% ../nbs/11_study.ipynb #5d6d227f
 def source(self:Study,
     split:str="train", # train | test | val
     backbone=None, # None: the study's teacher
@@ -139,25 +141,28 @@ def source(self:Study,
     "Trajectories of the teacher on a split, from where the preset says."
     spec, backbone = self.preset.activations, (backbone or self.teacher()).to(make_accelerator().device)
     data = self.dataset(split, **({"limit": limit} if limit else {}))
-    live = LiveTrajectories(backbone, data, workers=self.preset.data.workers, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision))
+    live = LiveTrajectories(backbone, data, workers=self.preset.data.workers, dtype=self._autocast())
     if spec.source == "live" or split != "train" or limit: return live
     return CachedTrajectories(self.folder/"activations", expect=live.fingerprint)
 
-Study.source = source
+def _autocast(self:Study):
+    "torch's name of the precision in which the teacher's states are computed; None for full precision."
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision(self.preset.activations.precision))
 
-# %% ../nbs/11_study.ipynb #82c4ff09
+Study.source, Study._autocast = source, _autocast
+
+# %% ../nbs/11_study.ipynb #cfe3eb1d
 def cache_estimate(self:Study,
     sample:int=64, # images to measure with
-) -> tuple[int, int, float]: # images, bytes, seconds of decoding and computing on this machine
-    "What caching the training images takes."
+) -> tuple[int, int, float]: # images, bytes, seconds on this machine
+    "What caching the training images takes, reading, computing and writing them."
     backbone, data = self.teacher().to(make_accelerator().device), self.dataset("train")
-    return len(data), *estimate_cache(backbone, data, sample, self.preset.activations.dtype)
+    return len(data), *estimate_cache(backbone, data, sample, self.preset.activations.dtype, workers=self.preset.data.workers, autocast=self._autocast(), path=self.folder)
 
 def cache(self:Study) -> CachedTrajectories:
     "Write the trajectories of the training images to the study's folder, or go on with it."
     spec, backbone = self.preset.activations, self.teacher().to(make_accelerator().device)
-    cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision)
-    return write_cache(backbone, self.dataset("train"), self.folder/"activations", dtype=spec.dtype, chunk_images=spec.chunk_images, workers=self.preset.data.workers, autocast=cast)
+    return write_cache(backbone, self.dataset("train"), self.folder/"activations", dtype=spec.dtype, chunk_images=spec.chunk_images, workers=self.preset.data.workers, autocast=self._autocast())
 
 Study.cache_estimate, Study.cache = cache_estimate, cache
 

@@ -1,5 +1,6 @@
 """The paper's own scale without its data: exact recipes and seeds, the formats in miniature, the whole graph on random weights."""
 import os, re, shutil, signal, subprocess, sys, time
+from pathlib import Path
 
 import nbformat
 import psutil
@@ -123,8 +124,8 @@ def test_images_are_normalised_for_the_model_that_sees_them(at):
 
 def test_unreadable_images_may_be_skipped_by_choice(at, tmp_path, monkeypatch):
     root = paper_files.make(tmp_path/"broken"); monkeypatch.setenv("RAPTOR_DATA", str(root))
-    first = sorted((root/"imagenet"/"val").rglob("*.JPEG"))[0]; first.write_bytes(first.read_bytes()[:100])
     study = Study.open(changed(at))
+    first = study.dataset("test").table[0][0]; first.write_bytes(first.read_bytes()[:100])
     with pytest.raises(RaptorError, match=str(first)): check_files(study.preset)
     values = yaml.safe_load((at/"small.yaml").read_text())
     values["data"]["on_error"] = values["probes"]["classification"]["data"]["on_error"] = "skip"; (at/"small.yaml").write_text(yaml.safe_dump(values))
@@ -198,7 +199,6 @@ def test_the_whole_graph_in_the_papers_formats(at):
     assert set(table["row"]) == {"Teacher", "Raptor k=2"} and set(table.metric) == {"top1", "miou", "rmse"} and table["mean"].notna().all()
     history = study.load_tables("blocks/0-7-r0/history.csv").dropna(subset=["own_top1"])
     assert history.step.tolist() == [2, 4] and history.r2_end.lt(1).all(), "validated on the way: the teacher's remaining layers, its official head, R2 of the end state"
-    assert not list(study.folder.rglob("checkpoint.safetensors"))
 
 
 def test_a_block_is_validated_in_its_place(at):
@@ -273,13 +273,19 @@ def test_a_preempted_notebook_saves_and_the_next_start_goes_on(at, data):
     (at/"home"/"small"/"phases").mkdir(parents=True)
     process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.time() + 80
-    while not any(c.cpu_times().user > 4 for c in _children(process.pid)): assert time.time() < end and process.poll() is None; time.sleep(0.2)
-    time.sleep(4)
+    while not any(_catches_sigterm(c) for c in _children(process.pid)): assert time.time() < end and process.poll() is None; time.sleep(0.2)
+    time.sleep(0.5) # some steps
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "has saved its checkpoint" in said, said[-800:]
     assert (at/"home"/"small"/"blocks"/"10-12-r0"/"checkpoint.safetensors").exists()
 
+
+def _catches_sigterm(process):
+    "Whether the training loop is at work: nothing else in a kernel installs a handler."
+    try: status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError: return False
+    return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1) and "ipykernel" in " ".join(process.cmdline())
 
 def _children(pid):
     try: return psutil.Process(pid).children(recursive=True)

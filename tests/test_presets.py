@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 import yaml
 
-from raptor import needs, pipeline
+from raptor import needs
 from raptor.core import RaptorError
 from raptor.fit import FitConfig
 from raptor.heads import DepthHead
@@ -44,7 +44,6 @@ def test_the_names_of_settings_are_those_of_the_classes():
     for cls, names, left_out in ((FitConfig, FIT_SETTINGS, ()), (TrainConfig, TRAIN_SETTINGS, ()), (ProbeConfig, PROBE_SETTINGS, ("steps", "eval_every"))):
         assert set(names) == {f.name for f in fields(cls)} - {"seed", *left_out} and len(set(names)) == len(names)
     assert set(HEAD_SETTINGS["depth"]) == set(inspect.signature(DepthHead).parameters) - {"dim", "num_prefix", "grid", "has_cls"}
-    assert STAGES == pipeline.STAGES
 
 
 def test_presets_are_read_without_torch():
