@@ -1,10 +1,10 @@
 """Does memory grow with the number of images? Largest resident memory of a process that goes through a source once.
 
-    python tests/benchmarks/bench_memory.py [SMALL LARGE]
+    python tests/benchmarks/bench_memory.py [SMALL LARGE] [--table FILE.csv]
 
 Each measurement is a process of its own; the baseline is the same process before its first batch. Mapped file pages count as
 resident too, so a reader that keeps what it has read would show."""
-import os, subprocess, sys, tempfile
+import argparse, os, subprocess, sys, tempfile
 from pathlib import Path
 
 
@@ -40,20 +40,28 @@ def measure(kind, images, folder):
     print(before, peak_mb())
 
 
-def main(small=512, large=4096):
+def main(small=512, large=4096, table=None):
+    import pandas as pd
+    from raptor.core import hardware, versions
     env = {**os.environ, "OMP_NUM_THREADS": "1", "RAPTOR_PROGRESS": "0"}
     print(f"{'source':10}{'images':>8}{'start, MB':>12}{'peak, MB':>12}")
-    grown = {}
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("live", "write", "cached"):
-            for images in (int(small), int(large)):
+            for images in (small, large):
                 out = subprocess.run([sys.executable, __file__, kind, str(images), tempfile.mkdtemp(dir=folder)], env=env, capture_output=True, text=True, check=True).stdout
                 before, after = map(float, out.split()[-2:])
-                grown.setdefault(kind, []).append(after - before)
+                rows.append({"source": kind, "images": images, "start, MB": before, "peak, MB": after})
                 print(f"{kind:10}{images:8}{before:12.0f}{after:12.0f}", flush=True)
-    print("\n".join(f"{kind}: {b - a:+.0f} MB from {small} to {large} images" for kind, (a, b) in grown.items()))
+            few, many = (r["peak, MB"] - r["start, MB"] for r in rows[-2:])
+            print(f"{kind}: {many - few:+.0f} MB from {small} to {large} images", flush=True)
+    if table: pd.DataFrame(rows).assign(hardware=hardware(), versions=versions()).to_csv(table, index=False)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4: measure(sys.argv[1], int(sys.argv[2]), sys.argv[3])
-    else: main(*sys.argv[1:])
+    if len(sys.argv) == 4 and sys.argv[1] in ("live", "write", "cached"): measure(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    else:
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("small", nargs="?", type=int, default=512); parser.add_argument("large", nargs="?", type=int, default=4096)
+        parser.add_argument("--table", help="write the rows to this CSV file, with hardware and versions")
+        main(**vars(parser.parse_args()))

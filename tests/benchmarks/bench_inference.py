@@ -1,0 +1,37 @@
+"""Images per second of a FLOP-matched Raptor against its timm teacher, at the same precision, compiled and not. Not collected by default:
+
+    pytest tests/benchmarks/bench_inference.py --benchmark-enable
+"""
+import pytest, torch
+
+from raptor.backbone import Backbone
+from raptor.block import flop_matched_hidden
+from raptor.core import mixed_precision, seed_everything
+from raptor.model import Raptor, RaptorBackbone
+from raptor.phases import Phases
+
+from conftest import DEVICE, ON_GPU
+
+NAME, BATCH, ROUNDS = ("vit_base_patch14_reg4_dinov2", 256, 20) if ON_GPU else ("vit_small_patch14_reg4_dinov2", 4, 7)
+
+
+@pytest.fixture(scope="module")
+def models():
+    seed_everything(0)
+    teacher = Backbone.create(NAME, pretrained=False, img_size=224).to(DEVICE)
+    raptor = Raptor.create(Phases((7, 10, 12)), teacher.dim, teacher.num_heads, hidden=flop_matched_hidden(teacher.dim)).to(DEVICE).eval()
+    return teacher, RaptorBackbone(teacher, raptor).eval()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "compiled"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_inference(work, models, precision, compiled):
+    if precision == "bf16" and mixed_precision("auto") != "bf16": pytest.skip("bfloat16 is emulated on this machine")
+    images = torch.randn(BATCH, 3, 224, 224, device=DEVICE)
+    features = [torch.compile(m.features) if compiled else m.features for m in models]
+    def forward(f):
+        def run():
+            with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"): f(images)
+        return run
+    teacher, raptor = map(forward, features)
+    work(f"inference of {NAME}, batch {BATCH}, {precision}, {'compiled' if compiled else 'as it is'}", raptor, rounds=ROUNDS, teacher=teacher, note="teacher / ours is the share of the teacher's images per second")
