@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 import raptor.data
 from raptor.core import RaptorError
-from raptor.data import (FRAME, INK, DatasetSpec, digit_split, draw_scenes, interpolation_matrix, limited, load_dataset,
+from raptor.data import (INK, DatasetSpec, digit_split, draw_scenes, interpolation_matrix, limited, load_dataset,
     normalise, random_table, render_scenes, shifted_crop)
 
 quick = settings(max_examples=30, deadline=None)

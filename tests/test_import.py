@@ -5,6 +5,7 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from raptor import author_checkpoint
 from raptor.author_checkpoint import read_pickle
 from raptor.block import RecurrentBlock
 from raptor.core import RaptorError
@@ -312,13 +313,15 @@ def test_a_size_is_no_place_for_large_numbers(tmp_path):
 
 def test_attributes_of_stand_ins_cannot_reach_python(tmp_path):
     "A stand-in takes any attribute, also those that Python looks up by itself; none of them runs anything of the file."
-    layer = GLOBAL("torch.nn.modules.linear", "Linear") + b")\x81"
+    layer, classes = GLOBAL("torch.nn.modules.linear", "Linear") + b")\x81", [c for c in vars(author_checkpoint).values() if isinstance(c, type)]
+    before = [dict(vars(c)) for c in classes]
     for name in ("__setstate__", "__class__", "__dict__", "__reduce__", "__del__", "__hash__"):
         key = b"X" + struct.pack("<I", len(name)) + name.encode()
         for value in (GLOBAL("builtins", "set"), GLOBAL("torch._utils", "_rebuild_tensor_v2"), b"}", GLOBAL("torch.nn.modules.linear", "Linear")):
             for state in (b"}" + key + value + b"sb", b"N}" + key + value + b"s\x86b"):
                 try: read_pickle(archive(tmp_path, program(layer + state + b"}" + key + b"Nsb"), FOUR))
-                except RaptorError: pass
+                except RaptorError as e: assert "cannot be imported" in str(e)
+    assert [dict(vars(c)) for c in classes] == before and len(classes) > 3
 
 
 def test_no_module_is_imported_by_asking_torch_for_a_name(tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 "The house itself: packaging, notebooks in step with the package, pages that lead somewhere, a README that is true."
-import ast, base64, configparser, json, os, re, shutil, stat, subprocess, sys, zipfile
+import ast, base64, builtins, configparser, json, os, re, shutil, stat, subprocess, sys, zipfile
 from pathlib import Path
 
 import nbformat, pytest, yaml
@@ -351,3 +351,16 @@ def test_workflows_run_what_developers_run():
     assert any(s.get("run") == "bash .ci/run" for s in job["steps"])
     site = yaml.safe_load((ROOT/".github"/"workflows"/"docs.yaml").read_text())["jobs"]["site"]
     assert any(s.get("run") == "nbdev_docs" for s in site["steps"])
+
+
+def test_every_name_in_a_paper_notebook_is_bound():
+    "A notebook that is run on few presets may hold a name that nobody imports."
+    for path in sorted((ROOT/"nbs"/"paper").glob("*.ipynb")):
+        code = "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code")
+        nodes = list(ast.walk(ast.parse(code)))
+        bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)} | {a.arg for n in nodes if isinstance(n, ast.arguments) for a in (*n.args, *n.kwonlyargs, *n.posonlyargs, *filter(None, (n.vararg, n.kwarg)))}
+        bound |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)) and n.name} | {(a.asname or a.name).split(".")[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+        used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        assert not (free := used - bound - set(dir(builtins))), f"{path.name}: {sorted(free)}"
+        imported = {(a.asname or a.name).split(".")[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+        assert not (idle := imported - used), f"{path.name} imports {sorted(idle)} and does not use it"
