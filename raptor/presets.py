@@ -17,7 +17,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .core import RaptorError, check_name, fingerprint, home_root, paper_root, read_json
+from .core import RaptorError, check_name, home_root, paper_root, read_json
 from .phases import Phases
 
 # %% ../nbs/10_presets.ipynb #5f0c31d8
@@ -142,7 +142,6 @@ class Preset:
     extra_models:dict = field(default_factory=dict) # {name: TeacherSpec settings}: backbones that are probed for comparison
     resources:dict = field(default_factory=dict) # what it costs: minutes, memory_gb, disk_gb, gpu_hours, ...; threads of a stage, and rules (see `RuleSpec`)
     controls:ControlSpec = ControlSpec() # what `--all` adds
-    references:dict = field(default_factory=dict) # what to compare with: {"published": ...}
     name:str = "" # filled in by `load_preset`
 
 # %% ../nbs/10_presets.ipynb #3b425915

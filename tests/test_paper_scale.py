@@ -15,7 +15,7 @@ from raptor.data import load_dataset
 from raptor.model import Raptor, RecurrentBlock
 from raptor.needs import check_files, costs, data_uses, profile_path, run_needs
 from raptor.presets import all_runs, load_preset, preset_path, study_ends
-from raptor.study import Spliced, Study, weights_file
+from raptor.study import Spliced, Study
 from raptor.train import TrainConfig
 
 

@@ -165,14 +165,12 @@ def test_models_are_looked_at_once(tmp_path, monkeypatch):
     mine = load_preset(write(tmp_path, lambda v: None))
     check_files(load_preset("smoke"), tmp_path)
     assert not looked, "it ships with the package"
+    (tmp_path/"mine").mkdir()
     check_files(mine, tmp_path)
-    assert looked == [mine]
-    (tmp_path/"mine"/"phases").mkdir(parents=True)
-    (tmp_path/"mine"/"phases"/"phases.json").write_text('{"ends": {"2": [2, 6]}}')
     check_files(mine, tmp_path)
-    assert len(looked) == 1, "the study has begun with it"
-    check_files(replace(mine, phases=replace(mine.phases, ks=[2, 7])), tmp_path)
-    assert len(looked) == 2, "another number of phases"
+    assert looked == [mine], "the study keeps a mark of it"
+    check_files(replace(mine, stage2={**mine.stage2, "lr": 1e-4}), tmp_path)
+    assert len(looked) == 2, "it has changed since"
 
 
 def test_threads_may_be_given_to_items_too(tmp_path):
@@ -183,11 +181,13 @@ def test_threads_may_be_given_to_items_too(tmp_path):
 def test_what_a_run_asks_for(tmp_path):
     rules = {"train_raptor": {"gpu": 2, "runtime": 60}, "items": {"mem_mb": 4000}}
     preset = load_preset(write(tmp_path, lambda v: v["resources"].update(rules=rules)))
-    assert run_needs(preset, "train_control") == run_needs(preset, "train_raptor") == rules["train_raptor"]
+    assert run_needs(preset, "train_raptor") == rules["train_raptor"] and run_needs(preset, "train_control") == {**rules["train_raptor"], "gpu": 1}
     assert run_needs(preset, "items") == run_needs(preset, "fig_speed") == run_needs(preset, "tab_probes") == rules["items"]
     assert run_needs(preset, "train_block") == run_needs(preset, "summary") == {}
     own = load_preset(write(tmp_path, lambda v: v["resources"].update(rules={**rules, "train_control": {"gpu": 1}})))
     assert run_needs(own, "train_control") == {"gpu": 1}
+    more = load_preset(write(tmp_path, lambda v: v["resources"].update(rules={"items": {"gpu": 4}, "train_block": {"gpu": 4}})))
+    assert (run_needs(more, "fig_speed"), run_needs(more, "train_block")) == ({"gpu": 1}, {"gpu": 4}), "one process cannot use four cards"
     assert all(run_needs(load_preset("smoke"), stage) == {} for stage in (*STAGES, "items", "fig_speed"))
 
 
