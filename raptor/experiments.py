@@ -25,7 +25,7 @@ from .fit import FitConfig
 from .heads import probe_task
 from .intervals import by_group
 from .metrics import R2Meter
-from .model import Raptor, RaptorBackbone
+from .model import Raptor
 from .phases import Phases
 from .presets import block_runs
 from .probes import evaluate_heads, ordered_batches, train_teacher
@@ -106,9 +106,10 @@ def own_scores(
     model, # Backbone or RaptorBackbone
     heads:dict, # {task: head}, the teacher's own; may be empty
     dataset, # test images with the targets of those tasks
+    workers:int=0, # processes that fetch images
 ) -> pd.DataFrame: # measure ("own_top1", ...), value
     "What the teacher's own heads make of a model's last state."
-    scores = evaluate_heads(model, heads, dataset) if heads else {}
+    scores = evaluate_heads(model, heads, dataset, workers=workers) if heads else {}
     return pd.DataFrame([{"measure": f"own_{m}", "value": v} for m, v in scores.items()], columns=["measure", "value"])
 
 # %% ../nbs/11b_experiments.ipynb #5ef14d87
@@ -155,7 +156,7 @@ def train_snapshots(
         kept.append(Snapshot(step, other.freeze(), {t: h.eval() for t, h in copies.items()}))
         return {}
     if 0 in steps: keep(0)
-    _, history = train_teacher(backbone, train, replace(config, eval_every=math.gcd(*steps)), num_classes=classes, heads=heads, weights=spec.train.get("loss_weights"), evaluate=keep)
+    _, history = train_teacher(backbone, train, replace(config, eval_every=math.gcd(*steps)), num_classes=classes, heads=heads, weights=spec.train.get("loss_weights"), evaluate=keep, workers=study.preset.data.workers)
     for s in kept: # where the training was
         for module in (s.backbone, *s.heads.values()): module.to(_device(backbone))
     return kept, history
@@ -169,7 +170,7 @@ def cached_source(
     "Trajectories of another teacher on training images: from a cache of its own where the preset caches, or live."
     if study.preset.activations.source == "live": return study.source("train", backbone, limit=limit)
     shutil.rmtree(folder, ignore_errors=True)
-    return write_cache(backbone, study.dataset("train", limit=limit), folder, dtype=study.preset.activations.dtype)
+    return write_cache(backbone, study.dataset("train", limit=limit), folder, dtype=study.preset.activations.dtype, workers=study.preset.data.workers)
 
 # %% ../nbs/11b_experiments.ipynb #9caf9660
 @torch.no_grad()

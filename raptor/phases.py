@@ -105,8 +105,10 @@ def _layer_vectors(source, limit, batch_size, seed=None):
     "Yield {kind: (b, L, D) float64} of states 1..L for at most `limit` images; with a seed, of one shuffled epoch."
     if limit is not None and limit < 1: raise RaptorError(f"limit is {limit}, but at least one image is needed; leave it out to use them all.")
     has_cls, left = getattr(source, "has_cls", source.num_prefix > 0), float("inf") if limit is None else limit
-    batch_size = min(batch_size, limit or batch_size)
-    drawn = {} if seed is None or limit is None or limit >= len(source) else dict(seed=seed, steps=-(-limit//batch_size))
+    drawn = {}
+    if seed is not None and limit is not None and limit < len(source): # batches that one epoch holds
+        steps = next(n for n in range(-(-limit//batch_size), limit + 1) if n*-(-limit//n) <= len(source))
+        batch_size, drawn = -(-limit//steps), dict(seed=seed, steps=steps)
     for states in source.batches(batch_size, start=1, **drawn):
         states = states[:int(min(left, len(states)))]
         patches = states[:, :, source.num_prefix:].float().mean(2)

@@ -9,7 +9,7 @@ __all__ = ['TRAINED_IN', 'MAIN_ITEMS', 'SNAKEMAKE', 'app', 'PresetOption', 'Home
            'import_command', 'presets_command', 'doctor_command', 'doctor', 'main']
 
 # %% ../nbs/13_pipeline.ipynb #ff518051
-import ast, logging, os, shutil, sys, tempfile, threading, time
+import ast, logging, os, shutil, sys, tempfile, time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +71,7 @@ def _kernel_manager() -> type:
         def format_kernel_cmd(self, extra_arguments=None):
             cold = super().format_kernel_cmd(extra_arguments) # python -m ipykernel_launcher, then the kernel's own arguments
             return [*warm_command("ipykernel.kernelapp:launch_new_instance"), *cold[3:]] if "ipykernel_launcher" in cold[:3] else cold
-    return WarmKernelManager if os.environ.get(ADDRESS) else AsyncKernelManager
+    return WarmKernelManager if os.environ.get(ADDRESS, "0") != "0" else AsyncKernelManager
 
 def _sentence(error) -> str:
     "The last line of a notebook's error, without the exception's name where it is ours."

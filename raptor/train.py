@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StateLoss', 'tf_loss', 'ar_loss', 'teacher_weight', 'TrainConfig', 'SpanObjective', 'train_span', 'train_raptor',
            'benchmark_step', 'NO_MATTER', 'FitConfig', 'learning_rate', 'save_checkpoint', 'load_checkpoint',
-           'clear_checkpoint', 'make_accelerator', 'preemption', 'stop_now', 'fit']
+           'make_accelerator', 'preemption', 'stop_now', 'fit']
 
 # %% ../nbs/06_train.ipynb #ef49f687
 import os
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from .block import RecurrentBlock
 from .core import RaptorError, check_name, seed_for
-from .fit import (NO_MATTER, FitConfig, _Progress, _prepared, _step, clear_checkpoint, fit, learning_rate, load_checkpoint, make_accelerator,
+from .fit import (NO_MATTER, FitConfig, _Progress, _prepared, _step, fit, learning_rate, load_checkpoint, make_accelerator,
     preemption, save_checkpoint, stop_now)
 
 # %% ../nbs/06_train.ipynb #ff85f575
-_all_ = ["NO_MATTER", "FitConfig", "learning_rate", "save_checkpoint", "load_checkpoint", "clear_checkpoint", "make_accelerator", "preemption", "stop_now", "fit"]
+_all_ = ["NO_MATTER", "FitConfig", "learning_rate", "save_checkpoint", "load_checkpoint", "make_accelerator", "preemption", "stop_now", "fit"]
 
 # %% ../nbs/06_train.ipynb #3f154eb7
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ __all__ = ['ADDRESS', 'LEAVES', 'MODULES', 'warm_command', 'ask', 'serve', 'is_f
 
 # %% ../nbs/12d_warm.ipynb #915dfe69
 # The standard library alone: the process that asks runs this file without the packages, in some 20 ms.
-import atexit, gc, importlib, json, os, select, shlex, signal, socket, struct, subprocess, sys, tempfile, threading, time, traceback
+import atexit, gc, importlib, json, os, select, signal, socket, struct, subprocess, sys, tempfile, threading, time, traceback
 from contextlib import contextmanager, suppress
 
 # %% ../nbs/12d_warm.ipynb #90b1c7c6
@@ -20,7 +20,7 @@ def warm_command(
 ) -> list[str]: # the start of a command line; arguments follow
     "How to start `entry`: as a fork of the warm process, or afresh where there is none."
     address = os.environ.get(ADDRESS) if address is None else address
-    return [sys.executable, "-I", "-S", __file__, "ask", address, entry] if address else _afresh(entry)
+    return [sys.executable, "-I", "-S", __file__, "ask", address, entry] if address not in (None, "", "0") else _afresh(entry)
 
 def _afresh(entry:str) -> list[str]:
     module, function = entry.split(":") # what lies in the folder of a run must not pass for a module: -c would look there first

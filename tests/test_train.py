@@ -11,7 +11,7 @@ from torch import nn
 from raptor.core import RaptorError, seed_everything, seed_for
 from raptor.model import Raptor, RecurrentBlock
 from raptor.phases import Phases
-from raptor.train import (FitConfig, StateLoss, TrainConfig, ar_loss, clear_checkpoint, fit, learning_rate, load_checkpoint, save_checkpoint,
+from raptor.train import (FitConfig, StateLoss, TrainConfig, ar_loss, fit, learning_rate, load_checkpoint, save_checkpoint,
                           SpanObjective, benchmark_step, teacher_weight, tf_loss, train_raptor, train_span)
 
 
@@ -246,13 +246,6 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(tmp_path, how):
     assert start_worker(tmp_path/"cut", 0).wait(60) == 0 and whole.wait(60) == 0
     a, b = (load_file(tmp_path/n/"done.safetensors") for n in ("whole", "cut"))
     assert same(a, b)
-
-
-def test_clear_checkpoint_leaves_other_files(tmp_path):
-    train_span(Rotating(), new_block(), (0, 3), SHORT, tmp_path)
-    (tmp_path/"keep.txt").write_text("x")
-    clear_checkpoint(tmp_path); clear_checkpoint(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["keep.txt"]
 
 
 def test_checkpoints_hold_no_pickle(tmp_path):

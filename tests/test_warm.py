@@ -167,9 +167,10 @@ def test_clients_that_break_off_harm_nobody_else(bare):
 def test_a_fork_comes_to_its_end_without_the_warm_process(bare, status):
     server, address = bare
     p, q = (subprocess.Popen(command("until_told", address=address), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2))
-    assert psutil.Process(int(p.stdout.readline())).ppid() == server.pid
+    ours, other = (int(asks.stdout.readline()) for asks in (p, q))
+    assert psutil.Process(ours).ppid() == psutil.Process(other).ppid() == server.pid
     server.kill(); server.wait()
-    os.kill(int(q.stdout.readline()), signal.SIGKILL)
+    os.kill(other, signal.SIGKILL)
     assert q.wait(10) == 143, "nobody is left to say by what it was killed"
     p.communicate(f"{status}\n", timeout=10)
     assert p.returncode == status
