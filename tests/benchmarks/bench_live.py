@@ -9,7 +9,7 @@ from raptor.activations import LiveTrajectories
 from raptor.backbone import Backbone
 from raptor.block import RecurrentBlock
 from raptor.core import mixed_precision, seed_everything
-from raptor.fit import FitConfig, _prepared, _Progress, _step
+from raptor.fit import _prepared, _Progress, _step
 from raptor.train import SpanObjective, TrainConfig
 
 from conftest import DEVICE, ON_GPU
