@@ -301,3 +301,20 @@ def test_the_step_for_a_stopwatch_is_that_of_the_loop(weight):
     history = fit(objective, lambda *_: iter([states]), config)
     assert float(step()) == pytest.approx(float(history["loss"].iloc[-1]), rel=1e-6)
     assert same(weights(timed), weights(trained)) and not same(weights(timed), weights(new_block()))
+
+
+@pytest.mark.parametrize("precision,tolerance", [("no", 1e-5), ("bf16", 1e-2)]) # relative
+@pytest.mark.parametrize("make", [lambda: RecurrentBlock(32, 4, layer_scale=0.3), lambda: Raptor([RecurrentBlock(32, 4, layer_scale=0.3) for _ in range(2)], Phases((2, 6)))])
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_losses_and_states_of_each_precision_are_those_of_float64(precision, tolerance, make, weight):
+    seed_everything(3); model = make()
+    seed_everything(3); exact = make().double()
+    states = torch.randn(3, 7, 9, 32, generator=torch.Generator().manual_seed(5))
+    objective = SpanObjective(model, 0, TrainConfig(loss="weighted"))
+    objective.weight = lambda step: weight
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"): loss, rolled = objective(states, 0)["loss"], model.rollout(states[:, 0], 0, 6)
+    distance, wide = StateLoss("weighted", TrainConfig().token_weights), states.double()
+    parts = [distance(exact.predict_next(wide, 0), wide[:, 1:]), distance(exact.rollout(wide[:, 0], 0, 6)[:, 1:], wide[:, 1:])]
+    assert float(loss.detach()) == pytest.approx(float((weight*parts[0] + (1 - weight)*parts[1]).detach()), rel=tolerance)
+    truth = exact.rollout(wide[:, 0], 0, 6)
+    assert float(((rolled.double() - truth).norm()/truth.norm()).detach()) < tolerance
