@@ -1,6 +1,6 @@
 """Does the memory of the dynamics grow with the number of images? A script, since each size wants a process of its own:
 
-    RAPTOR_DATA=<folder that holds cifar10/> python tests/benchmarks/bench_dynamics.py [SMALL LARGE] [--table FILE.csv]
+    RAPTOR_DATA=<folder that holds cifar10/> python tests/benchmarks/bench_dynamics.py [SMALL LARGE] [--model NAME] [--table FILE.csv]
 
 The images are CIFAR-10's 45,000 for training, then its 5,000 for validation; the teacher has random weights. Decoded pixels are
 held by the data set and do grow: they are there before the first measurement. Each quantity is then computed once on one batch,
@@ -11,7 +11,7 @@ trajectories is never held, only sums over it. The decay of perturbations has a 
 import argparse, json, os, subprocess, sys, time
 from pathlib import Path
 
-NAME, BATCH = "vit_small_patch4_reg4_32", 64
+BATCH = 64
 
 def some(images): return BATCH*max(1, images//50//BATCH) # for what costs many passes an image: whole batches of about every 50th
 
@@ -73,42 +73,43 @@ def extra_mb(function, *args):
     return max(0, _resident("VmHWM") - before)/2**20
 
 
-def measure(images):
+def measure(images, name):
     "Print a row of JSON for each quantity."
     import torch
     from raptor.activations import LiveTrajectories
     from raptor.backbone import Backbone
     torch.manual_seed(0)
-    backbone = Backbone.create(NAME, pretrained=False).to("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = Backbone.create(name, pretrained=False, img_size=32).to("cuda" if torch.cuda.is_available() else "cpu")
     source = LiveTrajectories(backbone, cifar(images))
-    for name, quantity in quantities(source, backbone).items():
+    for title, quantity in quantities(source, backbone).items():
         with torch.no_grad():
             quantity(BATCH)
             begun = time.perf_counter()
             extra = extra_mb(quantity, images)
-        print(json.dumps({"quantity": name, "images": some(images) if name == "perturbation_decay" else images, "extra, MB": extra, "seconds": time.perf_counter() - begun}), flush=True)
+        print(json.dumps({"quantity": title, "images": some(images) if title == "perturbation_decay" else images, "extra, MB": extra, "seconds": time.perf_counter() - begun}), flush=True)
 
 
-def main(small, large, table):
+def main(small, large, model, table):
     import pandas as pd, torch
     from raptor.core import hardware, versions
     rows = []
     print(f"{'quantity':24}{'images':>8}{'extra, MB':>12}{'seconds':>10}")
     for images in (small, large):
         env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"} # what is let go returns to the system at once: memory in use is measured, not what the allocator keeps
-        with subprocess.Popen([sys.executable, __file__, "measure", str(images)], env=env, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen([sys.executable, __file__, "measure", str(images), model], env=env, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 rows.append(json.loads(line))
                 print("{quantity:24}{images:8}{extra, MB:12.0f}{seconds:10.1f}".format(**rows[-1]), flush=True)
         if process.returncode: sys.exit(process.returncode)
     for few, many in zip(rows, rows[len(rows)//2:]): print(f"{few['quantity']}: {many['extra, MB'] - few['extra, MB']:+.0f} MB from {few['images']} to {many['images']} images")
-    if table: pd.DataFrame(rows).assign(hardware=hardware(), versions=versions(), threads=torch.get_num_threads()).to_csv(table, index=False)
+    if table: pd.DataFrame(rows).assign(teacher=model, hardware=hardware(), versions=versions(), threads=torch.get_num_threads()).to_csv(table, index=False)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["measure"]: measure(int(sys.argv[2]))
+    if sys.argv[1:2] == ["measure"]: measure(int(sys.argv[2]), sys.argv[3])
     else:
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("small", nargs="?", type=int, default=5000); parser.add_argument("large", nargs="?", type=int, default=50000)
+        parser.add_argument("--model", default="vit_small_patch4_reg4_32", help="a teacher for 32 x 32 images; a narrow one takes minutes where the default takes an hour on two cores")
         parser.add_argument("--table", help="write the rows to this CSV file, with hardware and versions")
         main(**vars(parser.parse_args()))

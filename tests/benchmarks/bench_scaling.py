@@ -3,7 +3,7 @@ Not collected by default; a script, since memory wants a process for each size:
 
     python tests/benchmarks/bench_scaling.py scaling.csv [scaling.png]
 """
-import json, os, statistics, subprocess, sys, tempfile, time
+import os, statistics, subprocess, sys, tempfile, time
 
 SPANS, BATCHES, IMAGES = (2, 4, 8), (1, 2, 4), (512, 2048, 8192)
 ROUNDS = 7
@@ -53,7 +53,7 @@ def rows():
 def main(table, picture=None):
     import pandas as pd
     from raptor.core import code_version, hardware, versions
-    frame = pd.DataFrame(rows()).assign(hardware=json.dumps(hardware()), versions=json.dumps(versions()), code=code_version())
+    frame = pd.DataFrame(rows()).assign(hardware=hardware(), versions=versions(), code=code_version())
     frame.to_csv(table, index=False)
     for work, some in frame.groupby("work", sort=False):
         grown = some.value.iloc[-1]/some.value.iloc[0]

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_study.py digits study.csv      # a preset that has run under RAPTOR_HOME
 """
-import json, sys
+import sys
 
 import pandas as pd
 
@@ -20,7 +20,7 @@ def main(preset, table):
     rows = [{"stage": stage, "runs": len(seconds), "seconds, all runs": seconds.sum(), "longest": seconds.max() if len(seconds) else float("nan")}
             for stage, pattern in STAGES.items() for seconds in [run_seconds(results, pattern).seconds.astype(float)]]
     frame = pd.DataFrame(rows)
-    frame.assign(hardware=json.dumps(hardware()), versions=json.dumps(versions()), code=code_version()).to_csv(table, index=False)
+    frame.assign(hardware=hardware(), versions=versions(), code=code_version()).to_csv(table, index=False)
     print(frame.round(1).to_string(index=False))
 
 

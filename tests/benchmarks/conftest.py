@@ -2,7 +2,7 @@
 
     pytest tests/benchmarks/bench_step.py --benchmark-enable [--table FILE.csv]
 """
-import json, statistics, sys, time
+import statistics, sys, time
 from pathlib import Path
 
 import pytest, torch
@@ -68,7 +68,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if not rows: return
     import pandas as pd
     from raptor.core import code_version, hardware, versions
-    table, about = pd.DataFrame(rows), {"hardware": json.dumps(hardware()), "versions": json.dumps(versions()), "threads": torch.get_num_threads(), "code": code_version()}
+    table, about = pd.DataFrame(rows), {"hardware": hardware(), "versions": versions(), "threads": torch.get_num_threads(), "code": code_version()}
     terminalreporter.section("medians of rounds that take turns")
     for row in rows: terminalreporter.line(f"{row['work']}: " + "; ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in row.items() if k != "work"))
     terminalreporter.line("; ".join(f"{k} {v}" for k, v in about.items()))
