@@ -145,7 +145,7 @@ def reproduce(
 
 def _gpu_limit(spec, profile) -> list[str]:
     "On one machine no more runs at a time than it has graphics cards; a cluster does its own counting."
-    cards = [] if profile or not any("gpu" in run_needs(spec, s) for s in STAGES) else visible_gpus()
+    cards = [] if profile or not any("gpu" in run_needs(spec, s) for s in (*STAGES, "items")) else visible_gpus()
     return ["--resources", f"gpu={len(cards)}"] if cards else []
 
 # %% ../nbs/13_pipeline.ipynb #31c31029
