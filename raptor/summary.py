@@ -164,6 +164,7 @@ def collect(
     ran = [kind for kind in EXECUTED.values() if kind != "controls" or any(results.folder.glob("controls/*/result.csv"))] # they come with --all
     for kind in (*trained, *ran):
         tables = results.load_tables(f"{kind}/result.csv" if kind == "teacher" else f"{kind}/*/result.csv")
+        if kind == "controls": tables = tables[tables["layer"].isna()] # layer by layer they would be a megabyte, and no figure reads that
         with atomic_path(kept/f"{kind}.csv") as t: tables.to_csv(t, index=False)
     for path in sorted([*results.folder.glob("results/*.csv"), *results.folder.glob("phases/*.csv"), *results.folder.glob("phases/*.json")]):
         with atomic_path(kept/path.name) as t: t.write_bytes(path.read_bytes())
