@@ -46,7 +46,7 @@ def quantities(source, backbone):
     from raptor.model import Raptor
     from raptor.phases import Phases
     kinds = token_kinds(backbone.num_prefix, backbone.has_cls, backbone.num_tokens)
-    phases = Phases((4, 8, backbone.depth))
+    phases = Phases((backbone.depth//3, 2*backbone.depth//3, backbone.depth))
     student = Raptor.create(phases, backbone.dim, backbone.num_heads).to(next(backbone.parameters()).device).eval()
     def stream(n, **span): return source.batches(BATCH, steps=-(-n//BATCH), **span)
     def pairs(n):
@@ -54,7 +54,7 @@ def quantities(source, backbone):
             for true in stream(n): yield student.rollout(true[:, 0]), true
     streamed = {f.__name__: lambda n, f=f: f(stream(n), kinds) for f in (directional_convergence, angular_speed, patch_coherence, state_norms, update_ranks)}
     return streamed | {"brh_epsilon": lambda n: brh_epsilon(pairs(n), kinds),
-                       "perturbation_decay": lambda n: perturbation_decay(backbone, stream(some(n), end=0), [0, 6], [0.1, 1.0], kinds),
+                       "perturbation_decay": lambda n: perturbation_decay(backbone, stream(some(n), end=0), [0, backbone.depth//2], [0.1, 1.0], kinds),
                        "fit_linear": lambda n: fit_linear(stream(n), phases), "fit_dmd": lambda n: fit_dmd(stream(n), phases)}
 
 
