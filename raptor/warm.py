@@ -33,17 +33,18 @@ def ask(
     arguments:list[str], # for it
 ) -> int: # exit status
     "Have `entry` run in a fork of the warm process, with the streams, folder and environment of this one; return when it has ended."
-    parent, conn = os.getppid(), socket.socket(socket.AF_UNIX)
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130)) # until there is a fork to hand it on to
+    parent, conn, fork, early = os.getppid(), socket.socket(socket.AF_UNIX), 0, []
+    def hand_on(number, _):
+        if not fork and not _has_come(conn): sys.exit(128 + number) # nothing has begun
+        early.append(number) if not fork else _send(fork, number)
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(s, hand_on)
     try:
         _request(conn, address, entry, arguments)
-        pid = _number(conn, parent)
+        fork = _number(conn, parent, socket.MSG_PEEK) # it stays to be seen: a signal finds the fork here or there
     except (OSError, struct.error): # nobody there, or gone before it was ready
         return 143 if os.getppid() != parent else os.execv(sys.executable, [*_afresh(entry), *arguments])
-    def hand_on(number, _):
-        with suppress(ProcessLookupError): os.kill(pid, number)
-    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(s, hand_on)
-    try: return _number(conn, parent)
+    for number in early: _send(fork, number)
+    try: return [_number(conn, parent) for _ in range(2)][1]
     except (OSError, struct.error): return 143 # the fork was killed, and the warm process too, which would have said by what
 
 def _request(conn:socket.socket, address:str, entry:str, arguments:list[str]):
@@ -53,11 +54,20 @@ def _request(conn:socket.socket, address:str, entry:str, arguments:list[str]):
     socket.send_fds(conn, [struct.pack("!I", len(request))], [0, 1, 2])
     conn.sendall(request)
 
-def _number(conn:socket.socket, parent:int) -> int:
+def _has_come(conn:socket.socket) -> bool:
+    "Whether there is a number to read: a fork says its own before it does anything else."
+    try: return bool(conn.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except OSError: return False
+
+def _send(fork:int, number:int):
+    "Hand a signal on."
+    with suppress(ProcessLookupError): os.kill(fork, number)
+
+def _number(conn:socket.socket, parent:int, flags:int=0) -> int:
     "The next number that comes: first the fork's own, once the imports are done, then its exit status."
     while not select.select([conn], [], [], 0.5)[0]:
         if os.getppid() != parent: sys.exit(143) # nobody waits for this any more; the fork sees the closed socket
-    return struct.unpack("!i", conn.recv(4))[0]
+    return struct.unpack("!i", conn.recv(4, flags))[0]
 
 # %% ../nbs/12d_warm.ipynb #7e89d403
 def serve(

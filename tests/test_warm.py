@@ -187,12 +187,34 @@ def importing():
         s.bind(f"{folder}/warm"); s.listen()
         yield s, f"{folder}/warm"
 
-def test_ctrl_c_during_the_imports_is_silent(entries, importing):
+@pytest.fixture
+def asked(entries, importing):
+    "A process that waits for its fork, whose request has been read: the process, and the socket to answer it."
     listening, address = importing
     p = subprocess.Popen(command("leave", "0", address=address), stderr=subprocess.PIPE, text=True)
-    conn = listening.accept()[0]; until(lambda: conn.recv(1 << 16))
-    p.send_signal(signal.SIGINT)
-    assert p.communicate(timeout=10)[1] == "" and p.returncode == 130
+    with listening.accept()[0] as conn:
+        until(lambda: b"argv" in conn.recv(1 << 16))
+        yield p, conn
+        p.kill(); p.communicate()
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_anything_has_begun_ends_in_silence(asked, number):
+    p, _ = asked
+    p.send_signal(number)
+    assert p.communicate(timeout=10)[1] == "" and p.returncode == 128 + number
+
+def test_a_signal_between_the_start_of_the_fork_and_the_news_of_it_is_handed_on(asked):
+    "The one that asked is held back while the fork says who it is, and learns of both at once."
+    p, conn = asked
+    p.send_signal(signal.SIGSTOP)
+    until(lambda: psutil.Process(p.pid).status() == psutil.STATUS_STOPPED)
+    fork = subprocess.Popen([sys.executable, "-c", ENTRIES + "stay()"], stdout=subprocess.PIPE, text=True)
+    fork.stdout.readline()
+    conn.sendall(struct.pack("!i", fork.pid))
+    for number in (signal.SIGTERM, signal.SIGCONT): p.send_signal(number)
+    assert fork.communicate(timeout=10)[0] == "stopping\n" and fork.returncode == 7
+    conn.sendall(struct.pack("!i", 7))
+    assert p.wait(10) == 7
 
 def test_nothing_starts_afresh_for_a_parent_that_is_gone(entries, importing, tmp_path):
     listening, address = importing
