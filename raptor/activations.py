@@ -18,7 +18,7 @@ from time import perf_counter
 import numpy as np, torch
 from torch import Tensor
 
-from .cache import CacheSpec, CachedTrajectories, _begin, _empty, _finish, _is_finished, _narrow, _types, _write_chunk, estimate_cache_bytes
+from .cache import CacheSpec, CachedTrajectories, _begin, _empty, _finish, _is_finished, _narrow, _types, _write_chunk, chunk_shape, estimate_cache_bytes
 from .core import RaptorError, atomic_path, check_name, check_writable, fingerprint, progress
 from .order import BatchPlan, TrajectorySource, _fetch, epoch_order, image_batches, permutation, prefetch
 
@@ -67,19 +67,19 @@ def _to(target, device):
     return {k: v.to(device) for k, v in target.items()} if isinstance(target, dict) else target.to(device)
 
 # %% ../nbs/03_activations.ipynb #1fea7115
-def _make_spec(live, layers, dtype, chunk_images):
-    "What the cache will be; chunks of about 32 MiB a file, which disks like, and so evenly that hardly any of the last is padding."
+def _make_spec(live, layers, dtype, chunk_images, chunk_states):
+    "What the cache will be."
     check_name(dtype, _types, "dtype")
     first, last = (0, live.depth) if layers is None else layers
     if not 0 <= first <= last <= live.depth: raise RaptorError(f"states {first}..{last} cannot be cached: {live.backbone.name} has 0..{live.depth}.")
     if len(live) == 0: raise RaptorError("there are no images to cache: the data set is empty.")
-    wanted = chunk_images or min(1024, max(32, (32 << 20) // (live.num_tokens * live.dim * 2)))
+    images, states = chunk_shape(len(live), last - first + 1, live.num_tokens * live.dim * 2, chunk_images, chunk_states)
     target = torch.as_tensor(live.dataset[0]["target"]) if not isinstance(live.dataset[0]["target"], dict) else None
     scalar = None if target is None or target.ndim else "float32" if target.is_floating_point() else "int64"
     name = f"{getattr(live.dataset, 'name', type(live.dataset).__name__)} {getattr(live.dataset, 'split', '')}".strip()
     teacher = live.backbone.name + ("" if live.autocast is None else f" in {str(live.autocast).removeprefix('torch.')}")
     return CacheSpec(live.fingerprint, teacher, name, len(live), live.depth, (first, last), live.num_tokens, live.dim, live.num_prefix,
-                     bool(live.has_cls), dtype, -(-len(live) // -(-len(live) // wanted)), scalar)
+                     bool(live.has_cls), dtype, images, scalar, states)
 
 # %% ../nbs/03_activations.ipynb #a08b31b6
 def _compute_chunk(live, spec, batches, size):
@@ -100,14 +100,15 @@ def write_cache(
     path:str|Path, # the folder; goes on with what an interrupted call left there
     *, layers:tuple[int, int]|None=None, # keep states first..last only
     dtype:str="float16", # or "bfloat16", for activations above 65504
-    chunk_images:int|None=None, # images a file; None: about 32 MiB, at most 1024 images
+    chunk_images:int|None=None, # images a file; None: about 32 MiB of them, at most 1024
+    chunk_states:int|None=None, # states a file, 1 or all of them; None: all where they are so small that reading them one by one is slow
     batch_size:int=64, # images of a forward pass
     workers:int=0, # processes that fetch images
     autocast:torch.dtype|None=None, # type of the forward pass; None: full precision
 ) -> CachedTrajectories:
     "Store the trajectories of a data set; raises `RaptorError` for lack of room, an overflow, or a folder with another cache in it."
     path, live = Path(path), LiveTrajectories(backbone, dataset, workers=workers, dtype=autocast)
-    spec = _make_spec(live, layers, dtype, chunk_images)
+    spec = _make_spec(live, layers, dtype, chunk_images, chunk_states)
     _begin(path, spec)
     missing = [c for c in range(spec.num_chunks) if not _is_finished(path, spec, c)]
     if missing: _fill(live, spec, path, missing, batch_size)
@@ -117,7 +118,7 @@ def write_cache(
 # %% ../nbs/03_activations.ipynb #95435bf0
 def _fill(live, spec, path, missing, batch_size):
     "Compute and write the missing chunks: while one is written, the next is computed."
-    size = spec.file_bytes * spec.num_states * len(missing)
+    size = spec.file_bytes * spec.num_files * len(missing)
     check_writable(path, size)
     for left in [f for c in missing for f in (path/f"states/c/{c}").rglob(".*")] + list((path/"targets/c").glob(".*")): left.unlink() # by a killed run
     print(f"caching {spec.num_images:,} images x {spec.num_states} states x {spec.num_tokens} tokens x {spec.dim} in {spec.dtype}: {size/1e9:.3g} GB to write")

@@ -9,6 +9,7 @@ from hypothesis import given, strategies as st
 import raptor.activations as activations
 from raptor.activations import BatchPlan, CachedTrajectories, LiveTrajectories, estimate_cache, estimate_cache_bytes
 from raptor.backbone import Backbone
+from raptor.cache import chunk_shape
 from raptor.core import RaptorError, fingerprint
 from raptor.order import prefetch
 
@@ -44,7 +45,19 @@ def backbone():
 @pytest.fixture(scope="module")
 def stored(backbone, tmp_path_factory): # 50 images in 13 chunks of 4 (the last holds 2), so 5 pools of 3
     path = tmp_path_factory.mktemp("cache")/"c"
-    write_cache(backbone, Noise(), path, chunk_images=4, batch_size=3)
+    write_cache(backbone, Noise(), path, chunk_images=4, chunk_states=1, batch_size=3)
+    return path
+
+
+@pytest.fixture(scope="module")
+def kept(backbone): # the same in 16 bits, in memory
+    return torch.cat(list(LiveTrajectories(backbone, Noise()).batches(50))).half()
+
+
+@pytest.fixture(scope="module", params=["one state a file", "all states in a file"])
+def either(request, stored, backbone, tmp_path_factory): # the same cache in both layouts
+    if "one" in request.param: return stored
+    write_cache(backbone, Noise(), path := tmp_path_factory.mktemp("whole")/"c", chunk_images=4, batch_size=3)
     return path
 
 
@@ -238,21 +251,47 @@ def test_autocast_and_dtype(backbone):
 # --- cached ---
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_cached_equals_live_up_to_16_bits_and_zarr_reads_it(backbone, tmp_path, dtype):
+@pytest.mark.parametrize("states, chunk", [(None, 4), (4, 4), (1, 1)]) # states of 288 bytes are kept together
+def test_cached_equals_live_up_to_16_bits_and_zarr_reads_it(backbone, tmp_path, dtype, states, chunk):
     zarr = zarr_or_skip()
     live = LiveTrajectories(backbone, Noise())
-    cached = write_cache(backbone, Noise(), tmp_path/"c", dtype=dtype, chunk_images=8, batch_size=8)
+    cached = write_cache(backbone, Noise(), tmp_path/"c", dtype=dtype, chunk_images=8, chunk_states=states, batch_size=8)
     exact = torch.cat(list(live.batches(8)))
     kept = exact.to(getattr(torch, dtype))
     assert torch.equal(torch.cat(list(cached.batches(7))), kept.float())
     assert torch.equal(torch.cat(list(cached.batches(7, dtype=kept.dtype))), kept)
     assert torch.equal(torch.cat(list(cached.batches(9, start=1, end=2))), kept[:, 1:3].float())
     group = zarr.open(tmp_path/"c", mode="r")
-    assert group["states"].shape == (50, 4, 9, 16) and group["states"].chunks == (8, 1, 9, 16)
+    assert group["states"].shape == (50, 4, 9, 16) and group["states"].chunks == (8, chunk, 9, 16)
     assert np.array_equal(group["states"][:], kept.numpy() if dtype == "float16" else kept.view(torch.uint16).numpy())
     assert group["targets"][:].tolist() == [3 * i for i in range(50)]
     assert group.attrs["raptor"]["complete"] and cached.fingerprint == live.fingerprint
     for name in ("num_images", "depth", "num_tokens", "dim", "num_prefix", "has_cls", "layers"): assert getattr(cached, name) == getattr(live, name)
+
+
+@pytest.mark.parametrize("most", [1024, 5, 1]) # images of one system call
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("first, last", [(0, 3), (0, 0), (1, 2), (3, 3)])
+def test_every_span_in_every_order_is_what_was_written(either, kept, monkeypatch, first, last, dtype, most):
+    cached = CachedTrajectories(either, pool_chunks=3)
+    monkeypatch.setattr("raptor.cache._most", most); monkeypatch.setattr("raptor.cache._near", 5000) # a few images
+    for batch, kwargs in ((50, {}), (7, {}), (1, {}), (13, dict(seed=4, steps=6))):
+        order = np.concatenate([cached.order(4, e)[:39] for e in range(2)]) if kwargs else np.arange(50)
+        assert torch.equal(torch.cat(list(cached.batches(batch, start=first, end=last, dtype=dtype, **kwargs))), kept[order, first:last + 1].to(dtype))
+
+
+def test_images_that_lie_one_behind_the_other_come_in_one_call(either, monkeypatch):
+    calls, real = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, pieces, *a: (calls.append(len(pieces)), real(fd, pieces, *a))[1])
+    cached = CachedTrajectories(either)
+    list(cached.batches(50, dtype=torch.float16))
+    assert sorted(c for c in calls if c > 1) == sorted(([4]*12 + [2]) * cached.spec.num_files) # the chunks' sizes
+
+
+def test_a_chunk_has_one_state_or_all():
+    assert chunk_shape(4096, 13, 41*64*2) == (456, 13) and chunk_shape(1_281_167, 13, 261*768*2) == (83, 1)
+    assert chunk_shape(33, 4, 10**5, images=32) == (17, 1) and chunk_shape(5, 4, 10**5, images=32, states=4) == (5, 4) # 34 images are stored, not 64
+    with pytest.raises(RaptorError, match="neither 1 nor all the 4 states"): chunk_shape(5, 4, 10**5, states=2)
 
 
 def test_same_shuffled_batches_as_live_when_one_pool_holds_the_cache(backbone, stored):
@@ -328,7 +367,7 @@ torch.manual_seed(0)
 backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, img_size=8, depth=3, embed_dim=16)
 class Slow(Noise):
     def __getitem__(self, i): time.sleep(0.02); return super().__getitem__(i)
-write_cache(backbone, Slow(), {path!r}, chunk_images=4, batch_size=3)
+write_cache(backbone, Slow(), {path!r}, chunk_images=4, chunk_states=1, batch_size=3)
 """
 
 def test_sigkill_and_resume(backbone, stored, tmp_path):
@@ -346,7 +385,7 @@ def test_sigkill_and_resume(backbone, stored, tmp_path):
     half.write_bytes(half.read_bytes()[:-8]); del done[half] # as a crash of the machine may leave it
     with pytest.raises(RaptorError, match="is unfinished"): CachedTrajectories(path)
     for left in ("states/c/2/1/0/.0-12345678", "targets/c/.4-12345678"): (path/left).write_bytes(b"half")
-    cached = write_cache(backbone, Noise(), path, chunk_images=4, batch_size=3)
+    cached = write_cache(backbone, Noise(), path, chunk_images=4, chunk_states=1, batch_size=3)
     assert all(f.stat().st_mtime_ns == t for f, t in done.items() if "/c/2/" not in str(f)) # finished chunks were not done again
     for a, b in zip(cached.batches(10, labels=True), CachedTrajectories(stored).batches(10, labels=True), strict=True):
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
@@ -355,7 +394,7 @@ def test_sigkill_and_resume(backbone, stored, tmp_path):
 
 def test_writing_again_changes_nothing(backbone, copy, capsys):
     before = {f: f.stat().st_mtime_ns for f in (copy/"states").rglob("*") if f.is_file()}
-    write_cache(backbone, Noise(), copy, chunk_images=4, batch_size=3)
+    write_cache(backbone, Noise(), copy, chunk_images=4, chunk_states=1, batch_size=3)
     assert {f: f.stat().st_mtime_ns for f in before} == before and capsys.readouterr().out == ""
 
 
@@ -365,7 +404,8 @@ def test_another_cache_in_the_folder(backbone, copy, tmp_path):
     torch.manual_seed(1); other = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, img_size=8, depth=3, embed_dim=16)
     theirs, ours = CachedTrajectories(copy).fingerprint, LiveTrajectories(other, Noise()).fingerprint
     with pytest.raises(RaptorError, match=f"{theirs} .*not {ours}"): write_cache(other, Noise(), copy, chunk_images=4)
-    with pytest.raises(RaptorError, match="was begun with dtype=float16 where bfloat16"): write_cache(backbone, Noise(), copy, chunk_images=4, dtype="bfloat16")
+    with pytest.raises(RaptorError, match="was begun with dtype=float16 where bfloat16"): write_cache(backbone, Noise(), copy, chunk_images=4, chunk_states=1, dtype="bfloat16")
+    with pytest.raises(RaptorError, match="was begun with chunk_states=1 where 4 is"): write_cache(backbone, Noise(), copy, chunk_images=4)
     with pytest.raises(RaptorError, match=f"holds trajectories {theirs} .*{ours} was expected"): CachedTrajectories(copy, expect=ours)
     with pytest.raises(RaptorError, match="no trajectory cache at"): CachedTrajectories(tmp_path/"nowhere")
     (tmp_path/"mine").mkdir(); (tmp_path/"mine"/"thesis.tex").write_text("x")

@@ -182,7 +182,7 @@ def change_cache(folder, **fields):
     spec = about["attributes"]["raptor"]; spec.update(fields)
     (folder/"zarr.json").write_text(json.dumps(about))
     n, (a, b), c = spec["num_images"], spec["layers"], spec["chunk_images"]
-    for name, shape, chunk in (("states", [n, b - a + 1, spec["num_tokens"], spec["dim"]], [c, 1, spec["num_tokens"], spec["dim"]]), ("targets", [n], [c])):
+    for name, shape, chunk in (("states", [n, b - a + 1, spec["num_tokens"], spec["dim"]], [c, spec["chunk_states"], spec["num_tokens"], spec["dim"]]), ("targets", [n], [c])):
         array = json.loads((folder/name/"zarr.json").read_text())
         array["shape"], array["chunk_grid"]["configuration"]["chunk_shape"] = shape, chunk
         if name == "targets": array["data_type"] = spec["targets"]
@@ -190,7 +190,7 @@ def change_cache(folder, **fields):
 
 @pytest.mark.parametrize("fields,sentence", [
     (dict(num_images=10**13), "num_images is above"), (dict(num_images=10**8), "2 chunks where 25000000 belong"), (dict(num_images=9), "2 chunks where 3 belong"), (dict(num_images=10**8, chunk_images=10**8), "first chunk"),
-    (dict(num_images=10**13, chunk_images=10**13), "num_images is above"), (dict(num_images=6.0), "num_images is no integer"), (dict(num_images=True, chunk_images=True), "no integer"), (dict(chunk_images=7), "larger than the cache"), (dict(num_images=-6), "below 1"),
+    (dict(num_images=10**13, chunk_images=10**13), "num_images is above"), (dict(num_images=6.0), "num_images is no integer"), (dict(num_images=True, chunk_images=True), "no integer"), (dict(chunk_images=7), "larger than the cache"), (dict(chunk_states=2), "one state or all"), (dict(chunk_states=True), "one state or all"), (dict(chunk_states=3), "first chunk"), (dict(num_images=-6), "below 1"),
     (dict(dim=10**12), "dim is above"), (dict(dim=3), "first chunk"), (dict(num_tokens=10**12), "num_tokens is above"), (dict(num_tokens=40), "first chunk"), (dict(depth=10**9, layers=[0, 10**9]), "depth is above"), (dict(layers=[0, 5]), "no span"), (dict(layers=[-3, 2]), "no span"),
     (dict(layers=[0, 1.0]), "no span"), (dict(num_prefix=10**9), "prefix"), (dict(num_prefix="1"), "prefix"), (dict(has_cls=1), "prefix"), (dict(dtype="object"), "type is unknown"), (dict(targets="O"), "type is unknown"), (dict(targets=["int64"]), "zarr.json"),
     (dict(fingerprint=3), "no text"), ({"evil\nkey": 1}, "evil key")])

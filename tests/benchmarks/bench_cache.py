@@ -2,28 +2,30 @@
 
     OMP_NUM_THREADS=1 pytest tests/benchmarks/bench_cache.py --benchmark-enable [--table FILE.csv]
 
-For every shape and place all ways of reading the same images take turns. GB/s are of 16-bit states in every column, so that
-they compare. The old layout is one zarr array in float32, zstd level 3, 128 images a chunk, read in batches of 64.
+For every shape and place all ways of reading the same images take turns, and the fastest turn of each counts: a disk that others
+use too slows any of them down at random. Every cache has several pools, so that a shuffled epoch is mostly reading and hardly
+start. GB/s are of 16-bit states in every column, so that they compare. The old layout is one zarr array in float32, zstd level 3,
+128 images a chunk, read in batches of 64; it holds the first of the images only, for it is slow.
 
 What must hold: in order, the cache is read at 80 % of the rate of one plain file or faster; shuffled and widened to float32,
-as training wants it, it gives at least 3 times as many images a second as the old layout. The smallest shape is reported only.
+as training wants it, it gives at least 3 times as many images a second as the old layout.
 """
-import math, os, statistics
+import math, os
 
 import numpy as np, pytest, torch
 
-from raptor.cache import CacheSpec, CachedTrajectories, _begin, _write_chunk
+from raptor.cache import CacheSpec, CachedTrajectories, _begin, _finish, _write_chunk, chunk_shape
 
 from conftest import ROWS, seconds
 
-SHAPES = {"mini": (4096, 12, 41, 64), "vit_small": (512, 6, 261, 384), "vit_base": (512, 3, 261, 768)} # images, layers, tokens, width
-BATCH = 64
+SHAPES = {"mini": (16384, 12, 41, 64), "vit_small": (2560, 2, 261, 384), "vit_base": (1536, 3, 261, 768)} # images, layers, tokens, width
+BATCH, BLOCK, OLD_IMAGES = 64, 512, 512
 
 
 def states(images, layers, tokens, dim):
     "Numbers as hard to compress as inner states: normal, in 16 bits."
     block = torch.randn(64, layers + 1, tokens, dim, generator=torch.Generator().manual_seed(0)).half()
-    return torch.cat([block.roll(i, -1) for i in range(images // 64)])
+    return torch.cat([block.roll(i, -1) for i in range(BLOCK // 64)]).repeat(images // BLOCK, 1, 1, 1)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -31,17 +33,16 @@ def stores(request, tmp_path_factory):
     zarr = pytest.importorskip("zarr")
     images, layers, tokens, dim = SHAPES[request.param]
     folder, values = tmp_path_factory.mktemp(request.param), states(*SHAPES[request.param])
-    chunk = min(1024, max(32, (32 << 20) // (tokens * dim * 2)))
-    chunk = math.ceil(images / math.ceil(images / chunk)) # even chunks, as write_cache makes them
-    spec = CacheSpec("f", "b", "d", images, layers, (0, layers), tokens, dim, 1, True, "float16", chunk, None)
+    chunk, per_file = chunk_shape(images, layers + 1, tokens * dim * 2)
+    spec = CacheSpec("f", "b", "d", images, layers, (0, layers), tokens, dim, 1, True, "float16", chunk, None, per_file)
     _begin(folder/"cache", spec)
     for c in range(spec.num_chunks): _write_chunk(folder/"cache", spec, c, values[c*chunk:(c + 1)*chunk].contiguous(), None)
-    about = (folder/"cache"/"zarr.json").read_text()
-    (folder/"cache"/"zarr.json").write_text(about.replace('"complete": false', '"complete": true'))
-    (folder/"plain").write_bytes(values.numpy().tobytes())
+    _finish(folder/"cache")
+    values.numpy().tofile(folder/"plain")
+    values = values[:OLD_IMAGES]
     old = zarr.create_array(folder/"old", shape=values.shape, chunks=(128, *values.shape[1:]), dtype="float32", compressors=zarr.codecs.ZstdCodec(level=3))
     old[:] = values.float().numpy()
-    return folder, values.numel() * 2, images
+    return folder, (folder/"plain").stat().st_size, images
 
 
 def read_plain(folder, size, images):
@@ -57,7 +58,7 @@ def read_cache(folder, images, **kwargs):
 def read_old(folder, images):
     import zarr
     array = zarr.open(folder/"old", mode="r")
-    for i in range(0, images, BATCH): torch.from_numpy(array[i:i + BATCH])
+    for i in range(0, OLD_IMAGES, BATCH): torch.from_numpy(array[i:i + BATCH])
 
 
 CASES = {
@@ -69,22 +70,27 @@ CASES = {
 }
 
 
-def evict(folder):
-    "Ask the system to forget the files, so that the next read goes to the disk."
+def evict(folder, size, images):
+    """Ask the system to forget the files, so that the next read goes to the disk.
+
+    It fills memory with as many bytes first: on a virtual machine, memory that has long been free may have gone back to
+    the host, and whoever reads first after a pause would pay for its return.
+    """
+    read_plain(folder, size, images)
     for path in folder.rglob("*"):
         if not path.is_file(): continue
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd); os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED); os.close(fd)
 
 
-OURS, PLAIN, OLD, TRAINING = "cache, ordered, float16", "plain file", "old layout, float32", "cache, shuffled, float32"
-NARROW = "a read fetches one state of one image, 5 kB in this shape: the calls cost as much as the bytes"
+OURS, SHUFFLED, PLAIN, OLD, TRAINING = "cache, ordered, float16", "cache, shuffled, float16", "plain file", "old layout, float32", "cache, shuffled, float32"
+SMALL = "one batch is 4 MB in this shape: the plain file's never leaves the processor's cache, and it is a single copy, so its rate is no disk's and no memory's"
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_read(benchmark, request, stores, where):
     folder, size, images = stores
-    times, forget = {case: [] for case in CASES}, (lambda: evict(folder)) if where == "disk" else lambda: None
+    times, forget = {case: [] for case in CASES}, (lambda: evict(*stores)) if where == "disk" else lambda: None
     def others(): # untimed by the benchmark, each timed here
         for case in times:
             if case != OURS: forget(); times[case].append(seconds(lambda: CASES[case](*stores)))
@@ -92,15 +98,15 @@ def test_read(benchmark, request, stores, where):
     others(); CASES[OURS](*stores); times = {case: [] for case in CASES} # what is loaded once is not timed
     benchmark.pedantic(CASES[OURS], args=stores, setup=others, rounds=5)
     if benchmark.disabled: return
-    took = {case: statistics.median(t) for case, t in {**times, OURS: benchmark.stats.stats.data}.items()}
-    share, faster = took[PLAIN]/took[OURS], took[OLD]/took[TRAINING]
-    row = {"work": f"{folder.name[:-1]}, {where}"} | {f"{case}, GB/s": size/t/1e9 for case, t in took.items()} | {f"{case}, images/s": images/t for case, t in took.items()}
-    row |= {"share of the plain file": share, "times the old layout": faster}
+    rate = {case: (OLD_IMAGES if case == OLD else images)/min(t) for case, t in {**times, OURS: benchmark.stats.stats.data}.items()}
+    share, faster = rate[OURS]/rate[PLAIN], rate[TRAINING]/rate[OLD]
+    row = {"work": f"{folder.name[:-1]}, {where}"} | {f"{case}, GB/s": size/images*r/1e9 for case, r in rate.items()} | {f"{case}, images/s": r for case, r in rate.items()}
+    row |= {"share of the plain file": share, "share, shuffled": rate[SHUFFLED]/rate[PLAIN], "times the old layout": faster}
     request.config.stash[ROWS].append(row)
     row["goals: 0.8 of the plain file, 3 times the old layout"] = " and ".join("met" if good else "missed" for good in (share >= 0.8, faster >= 3))
-    if share >= 0.8 and faster >= 3: return
-    assert row["work"].startswith("mini"), f"{row['work']}: {share:.2f} of the plain file's rate where 0.8 is asked for, {faster:.1f} times the old layout where 3 are"
-    row["note"] = NARROW
+    if row["work"] == "mini, memory": row["note"] = SMALL
+    else: assert share >= 0.8, f"{row['work']}: {share:.2f} of the plain file's rate where 0.8 is asked for"
+    assert faster >= 3, f"{row['work']}: {faster:.1f} times the old layout where 3 are asked for"
 
 
 def test_bytes_are_half_of_float32(stores):
