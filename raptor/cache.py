@@ -106,7 +106,7 @@ class _Files:
         self.workers = ThreadPoolExecutor(threads)
         self.skip = states[0] % spec.chunk_states * spec.state_bytes # what an image has in a file before these states
 
-    def get(self, pool, chunk): # -> descriptors, one a state
+    def get(self, pool, chunk): # -> descriptors, one a file
         if (pool, chunk) not in self.open: self.open[pool, chunk] = [self._open(*f) for f in self.spec.files(chunk, self.states)]
         return self.open[pool, chunk]
 
