@@ -51,7 +51,7 @@ def run_notebook(
     for key in parameters:
         check_name(key, notebook_parameters(name), f"parameter of notebook {name}:")
     output, failed = Path(output), Path(output).with_suffix(".failed.ipynb")
-    logging.getLogger("papermill").setLevel(logging.CRITICAL) # what it says of a dead kernel comes in our sentence
+    for log in ("papermill", "asyncio"): logging.getLogger(log).setLevel(logging.CRITICAL) # what they say of a dead kernel comes in our sentence
     try:
         with atomic_path(output) as t, sigterm_for_kernels() as asked:
             try: papermill.execute_notebook(str(paper_root()/f"{name}.ipynb"), str(t), parameters=parameters, kernel_name="python3", kernel_manager_class=_kernel_manager(), start_timeout=300,
