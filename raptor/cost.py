@@ -76,13 +76,18 @@ def peak_memory(
     *args, # its arguments
 ) -> float: # bytes beyond what was held before; NaN where it cannot be measured
     "The most memory that a call needs on top of its arguments and weights."
+    if not torch.cuda.is_available(): function(*args) # code and buffers that are loaded once are not the call's
+    return _peak(function, *args)
+
+def _peak(function, *args) -> float:
+    "The same for a call whose code and buffers are loaded."
     if torch.cuda.is_available():
         torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function(*args); torch.cuda.synchronize()
         return float(torch.cuda.max_memory_allocated() - before)
-    function(*args); _give_back() # code and buffers that are loaded once are not the call's
-    try: Path("/proc/self/clear_refs").write_text("5")
+    _give_back()
+    try: Path("/proc/self/clear_refs").write_text("5") # the high-water mark begins anew
     except OSError: return float("nan")
     before = _resident("VmRSS")
     function(*args)

@@ -196,7 +196,7 @@ def benchmark_step(
     *,
     precision:str="auto", # as in `FitConfig`
     model:nn.Module|None=None, # RecurrentBlock or Raptor; None: a new block
-): # callable without arguments; returns the loss, a float32 scalar on the device
+): # callable without arguments, or with states of that shape; returns the loss, a float32 scalar on the device
     "A callable that runs one full optimiser step (forward, backward, clip, update) as `fit` does on this machine."
     if not 0 <= teacher_weight <= 1: raise RaptorError(f"teacher_weight is {teacher_weight}; it must lie in 0..1.")
     config = TrainConfig(steps=1_000_000, batch_size=batch, warmup=0, precision=precision, schedule="constant")
@@ -204,7 +204,7 @@ def benchmark_step(
     objective.weight = lambda step: float(teacher_weight)
     wrapped, stepper, accelerator = _prepared(objective, config)
     states, at = torch.randn(batch, span + 1, tokens, dim, device=accelerator.device), _Progress()
-    def step():
+    def step(states=states):
         scalars, _ = _step(wrapped, stepper, states, at, config, accelerator)
         return scalars["loss"].detach()
     return step

@@ -9,7 +9,6 @@ graphics card, the highest allocated) beyond what was held before. It should be 
 trajectories is never held, only sums over it. The decay of perturbations has a fiftieth of the images.
 """
 import argparse, json, os, subprocess, sys, time
-from pathlib import Path
 
 BATCH = 64
 
@@ -58,26 +57,12 @@ def quantities(source, backbone):
                        "fit_linear": lambda n: fit_linear(stream(n), phases), "fit_dmd": lambda n: fit_dmd(stream(n), phases)}
 
 
-def extra_mb(function, *args):
-    "The most memory that a call holds beyond what was held before it, in MB."
-    import torch
-    from raptor.cost import _give_back, _resident
-    if torch.cuda.is_available():
-        torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-        function(*args); torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before)/2**20
-    _give_back()
-    Path("/proc/self/clear_refs").write_text("5") # the high-water mark begins anew
-    before = _resident("VmRSS")
-    function(*args)
-    return max(0, _resident("VmHWM") - before)/2**20
-
-
 def measure(images, name):
     "Print a row of JSON for each quantity."
     import torch
     from raptor.activations import LiveTrajectories
     from raptor.backbone import Backbone
+    from raptor.cost import _peak
     torch.manual_seed(0)
     backbone = Backbone.create(name, pretrained=False, img_size=32).to("cuda" if torch.cuda.is_available() else "cpu")
     source = LiveTrajectories(backbone, cifar(images))
@@ -85,7 +70,7 @@ def measure(images, name):
         with torch.no_grad():
             quantity(BATCH)
             begun = time.perf_counter()
-            extra = extra_mb(quantity, images)
+            extra = _peak(quantity, images)/2**20
         print(json.dumps({"quantity": title, "images": some(images) if title == "perturbation_decay" else images, "extra, MB": extra, "seconds": time.perf_counter() - begun}), flush=True)
 
 

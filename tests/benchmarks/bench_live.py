@@ -7,10 +7,8 @@ import torch
 
 from raptor.activations import LiveTrajectories
 from raptor.backbone import Backbone
-from raptor.block import RecurrentBlock
 from raptor.core import mixed_precision, seed_everything
-from raptor.fit import _prepared, _Progress, _step
-from raptor.train import SpanObjective, TrainConfig
+from raptor.train import benchmark_step
 
 from conftest import DEVICE, ON_GPU
 
@@ -30,13 +28,8 @@ def test_live_against_states_in_memory(work):
     precision = mixed_precision("auto")
     backbone = Backbone.create(NAME, pretrained=False, img_size=224).to(DEVICE)
     source = LiveTrajectories(backbone, Images(4*BATCH), dtype={"bf16": torch.bfloat16}.get(precision))
-    config = TrainConfig(steps=1_000_000, batch_size=BATCH, warmup=0, precision=precision, schedule="constant")
-    objective = SpanObjective(RecurrentBlock(backbone.dim, backbone.num_heads), SPAN[0], config, backbone.num_prefix)
-    objective.weight = lambda step: 0.5
-    wrapped, stepper, accelerator = _prepared(objective, config)
-    at = _Progress()
+    step = benchmark_step(backbone.dim, backbone.num_heads, backbone.num_tokens, backbone.num_prefix, BATCH, SPAN[1] - SPAN[0])
     batches = source.batches(BATCH, start=SPAN[0], end=SPAN[1], seed=0, device=DEVICE)
     held = next(batches)
-    step = lambda states: _step(wrapped, stepper, states, at, config, accelerator)
     work(f"stage 1 from live trajectories, {NAME}, batch {BATCH}, states {SPAN[0]}-{SPAN[1]}, {precision}", lambda: step(next(batches)), rounds=ROUNDS,
          **{"states in memory": lambda: step(held), "teacher alone": lambda: next(batches)}, note="states in memory / ours is the share of the speed that is kept")
