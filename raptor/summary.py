@@ -81,7 +81,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .32rem .7rem; text-align
 .output, .jp-OutputArea-output, .output_html { overflow-x: auto; } img { max-width: 100%; height: auto; }
 code { background: #f3f5f7; padding: .1em .3em; border-radius: 3px; } footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; } .anchor-link { display: none; }
 @media (max-width: 44rem) { .output img, .jp-OutputArea-output img, .output_html img { max-width: 44rem; } table { font-size: .8rem; } th, td { padding: .25rem .4rem; } }
-@media print { body { max-width: none; font-size: 10pt; } h2 { break-after: avoid; } tr, img { break-inside: avoid; } table { font-size: 8pt; } th, td { padding: .15rem .35rem; }
+@media print { body { max-width: none; font-size: 10pt; } h2 { break-after: avoid; } tr, table, img, blockquote { break-inside: avoid; } table { font-size: 8pt; } th, td { padding: .15rem .35rem; }
   .output, .jp-OutputArea-output, .output_html { overflow: visible; } }
 """
 
