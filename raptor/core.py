@@ -8,7 +8,7 @@ __all__ = ['RaptorError', 'check_name', 'home_root', 'data_root', 'paper_root', 
            'hardware', 'versions', 'run_record', 'mixed_precision']
 
 # %% ../nbs/00_core.ipynb #7a41d96d
-import difflib, hashlib, json, os, platform, random, shutil, subprocess, sys, uuid
+import difflib, errno, hashlib, json, os, platform, random, shutil, subprocess, sys, uuid
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
@@ -115,7 +115,7 @@ def file_digest(
 def atomic_path(
     path:str|Path, # final destination; its folder is created
 ):
-    "Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure."
+    "Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure. A full disk raises `RaptorError`."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
@@ -124,8 +124,9 @@ def atomic_path(
         if temporary.is_file():
             with open(temporary, "rb") as f: os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT): raise RaptorError(f"{path} cannot be written: {os.strerror(e.errno).lower()}; free some there and start the same again.") from e
         raise
 
 # %% ../nbs/00_core.ipynb #2edd956f

@@ -1,5 +1,6 @@
 """Roots, atomic files and records."""
 import os, signal, subprocess, sys, textwrap, time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
@@ -44,6 +45,16 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         with atomic_path(tmp_path/"a.json") as t: t.write_text("2"); raise KeyboardInterrupt
     assert read_json(tmp_path/"a.json") == 1 and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path):
+    (tmp_path/"a.json").write_text("1")
+    with pytest.raises(RaptorError, match="a.json cannot be written: no space left on device; free some there"):
+        with atomic_path(tmp_path/"a.json") as t:
+            t.write_text("2")
+            Path("/dev/full").write_text("2")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["1"]
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path):
