@@ -184,6 +184,7 @@ def test_quarto_settings_lead_somewhere():
 def test_pages_are_processed_and_document_every_public_name(tree):
     """To build a page nbdev runs the exported cells and those with an import, and no others. A NameError here means that a
     cell has an import and code that needs an earlier example: put the import into a cell of its own."""
+    pytest.importorskip("zarr", reason="a page imports zarr 3, which has no release for Python 3.10")
     call("nbdev_proc_nbs", cwd=tree, path=tree.parent/"bin", python_path=tree)
     for path in NOTEBOOKS: assert (tree/"_proc"/path.relative_to(NBS)).exists(), name_of(path)
     assert (tree/"_proc"/"_quarto.yml").read_text() == (ROOT/"_quarto.yml").read_text()
