@@ -160,7 +160,7 @@ def _time_to_write(path, states):
     check_writable(there, states.nbytes)
     begun = perf_counter()
     with TemporaryDirectory(dir=there, prefix=".raptor-") as folder:
-        for i, state in enumerate(states.view(torch.int16).unbind(1)): # a file a state, as a cache has it
+        for i, state in enumerate(states.view(torch.int16).unbind(1)): # a file a state, as all but the smallest caches have it
             with atomic_path(Path(folder)/f"{i}") as t: state.numpy().tofile(t)
         return perf_counter() - begun
 

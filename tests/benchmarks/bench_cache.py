@@ -7,9 +7,9 @@ use too slows any of them down at random. Every cache has several pools, so that
 start. GB/s are of 16-bit states in every column, so that they compare. The old layout is one zarr array in float32, zstd level 3,
 128 images a chunk, read in batches of 64; it holds the first of the images only, for it is slow.
 
-What must hold on the disk: in order, the cache is read at 80 % of the rate of one plain file or faster; shuffled and widened to
-float32, as training wants it, it gives at least 3 times as many images a second as the old layout. The rates from memory are for
-comparison; a batch of the smallest shape is 4 MB, which for the plain file never leaves the processor's cache.
+What must hold: in order, the cache is read at 80 % of the rate of one plain file or faster; shuffled and widened to float32, as
+training wants it, it gives at least 3 times as many images a second as the old layout. The goals are set for the disk; they are
+asked of memory too, but for the share in the smallest shape: a batch is 4 MB there, and the plain file's stays in the processor's cache.
 """
 import math, os, shutil
 
@@ -104,9 +104,8 @@ def test_read(benchmark, request, stores, where):
     row = {"work": f"{folder.name[:-1]}, {where}"} | {f"{case}, GB/s": size/images*r/1e9 for case, r in rate.items()} | {f"{case}, images/s": r for case, r in rate.items()}
     row |= {"share of the plain file": share, "share, shuffled": rate[SHUFFLED]/rate[PLAIN], "times the old layout": faster}
     request.config.stash[ROWS].append(row)
-    if where == "memory": return
-    row["goals: 0.8 of the plain file, 3 times the old layout"] = " and ".join("met" if good else "missed" for good in (share >= 0.8, faster >= 3))
-    assert share >= 0.8, f"{row['work']}: {share:.2f} of the plain file's rate where 0.8 is asked for"
+    if where == "disk": row["goals: 0.8 of the plain file, 3 times the old layout"] = " and ".join("met" if good else "missed" for good in (share >= 0.8, faster >= 3))
+    assert share >= 0.8 or row["work"] == "mini, memory", f"{row['work']}: {share:.2f} of the plain file's rate where 0.8 is asked for"
     assert faster >= 3, f"{row['work']}: {faster:.1f} times the old layout where 3 are asked for"
 
 
