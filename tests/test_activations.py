@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 
-import raptor.activations as activations
-from raptor.activations import BatchPlan, CachedTrajectories, LiveTrajectories, estimate_cache, estimate_cache_bytes
-from raptor.backbone import Backbone
-from raptor.cache import chunk_shape
-from raptor.core import RaptorError, fingerprint
-from raptor.order import prefetch
+import raptor.trajectories.live as activations
+from raptor.trajectories.cache import CachedTrajectories, chunk_shape, estimate_cache_bytes
+from raptor.trajectories.live import estimate_cache, LiveTrajectories
+from raptor.trajectories.order import BatchPlan, prefetch
+from raptor.teacher.backbone import Backbone
+from raptor.core import fingerprint, RaptorError
 
 
 def zarr_or_skip(): return pytest.importorskip("zarr", reason="a cache is written by zarr 3, which has no release for Python 3.10")
@@ -145,8 +145,8 @@ LIVE = """
 import os, signal, sys, time; sys.path.insert(0, {tests!r})
 import torch
 from test_activations import Noise
-from raptor.activations import LiveTrajectories
-from raptor.backbone import Backbone
+from raptor.trajectories.live import LiveTrajectories
+from raptor.teacher.backbone import Backbone
 torch.manual_seed(0)
 backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, img_size=8, depth=3, embed_dim=16)
 batches = LiveTrajectories(backbone, Noise(), workers=2).batches(5, seed=0)
@@ -155,7 +155,7 @@ next(batches)
 
 IMAGES = """
 import time
-from raptor.order import BatchPlan, image_batches
+from raptor.trajectories.order import BatchPlan, image_batches
 class Numbers:
     def __len__(self): return 50
     def get_batch(self, indices): return indices
@@ -274,7 +274,7 @@ def test_cached_equals_live_up_to_16_bits_and_zarr_reads_it(backbone, tmp_path, 
 @pytest.mark.parametrize("first, last", [(0, 3), (0, 0), (1, 2), (3, 3)])
 def test_every_span_in_every_order_is_what_was_written(either, kept, monkeypatch, first, last, dtype, most):
     cached = CachedTrajectories(either, pool_chunks=3)
-    monkeypatch.setattr("raptor.cache._most", most); monkeypatch.setattr("raptor.cache._near", 5000) # a few images
+    monkeypatch.setattr("raptor.trajectories.cache._most", most); monkeypatch.setattr("raptor.trajectories.cache._near", 5000) # a few images
     for batch, kwargs in ((50, {}), (7, {}), (1, {}), (13, dict(seed=4, steps=6))):
         order = np.concatenate([cached.order(4, e)[:39] for e in range(2)]) if kwargs else np.arange(50)
         assert torch.equal(torch.cat(list(cached.batches(batch, start=first, end=last, dtype=dtype, **kwargs))), kept[order, first:last + 1].to(dtype))
@@ -361,8 +361,8 @@ def test_chunks_are_even_so_that_hardly_anything_is_padding(backbone, tmp_path):
 SCRIPT = """
 import sys, time, torch; sys.path.insert(0, {tests!r})
 from test_activations import Noise
-from raptor.backbone import Backbone
-from raptor.activations import write_cache
+from raptor.teacher.backbone import Backbone
+from raptor.trajectories.live import write_cache
 torch.manual_seed(0)
 backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, img_size=8, depth=3, embed_dim=16)
 class Slow(Noise):

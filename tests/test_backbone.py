@@ -4,7 +4,8 @@ import json, struct, zipfile
 import pytest, timm, torch
 from safetensors.torch import save_file
 
-from raptor.backbone import Backbone, load_linear_head, read_weights
+from raptor.teacher.backbone import Backbone
+from raptor.teacher.weights import load_linear_head, read_weights
 from raptor.core import RaptorError
 
 TINY = dict(depth=3, embed_dim=48, num_heads=2)

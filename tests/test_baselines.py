@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from raptor.baselines import DMDSpan, IdentitySpan, LinearSpan, SpanChain, fit_dmd, fit_linear, identity_chain
+from raptor.analysis.baselines import DMDSpan, fit_dmd, fit_linear, identity_chain, IdentitySpan, LinearSpan, SpanChain
 from raptor.core import RaptorError
-from raptor.dynamics import brh_epsilon
+from raptor.analysis.dynamics import brh_epsilon
 from raptor.phases import FragmentedPhases, Phases
 
 PHASES = Phases((3, 5))
@@ -93,8 +93,8 @@ def test_fragmented_phases_get_one_map_a_run():
 
 
 def test_a_chain_stands_in_a_raptor_backbone():
-    backbone = pytest.importorskip("raptor.backbone").Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
-    model = pytest.importorskip("raptor.model").RaptorBackbone(backbone, identity_chain(Phases((6,)), 32))
+    backbone = pytest.importorskip("raptor.teacher.backbone").Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
+    model = pytest.importorskip("raptor.model.as_backbone").RaptorBackbone(backbone, identity_chain(Phases((6,)), 32))
     images = noise(2, 3, 24, 24, dtype=torch.float32)
     assert torch.equal(model.features(images), backbone.norm(backbone.embed(images)))
     assert torch.equal(model.trajectory(images)[:, 6], backbone.embed(images))

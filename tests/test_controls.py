@@ -10,17 +10,25 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raptor.block import save_block
-from raptor.controls import ABLATION, ablation_runs, control_k, control_runs, partition_runs, random_partitions, teacher_runs
+from raptor.model.block import save_block
+from raptor.study.controls import (
+    ABLATION, ablation_runs, control_k, control_runs, partition_runs, random_partitions, teacher_runs
+)
 from raptor.core import RaptorError
-from raptor.cost import count_parameters, counted_flops, peak_memory, vit_block_flops
-from raptor.experiments import assess, cached_source, order_accuracy, own_scores, test_images as images_of, train_one_stage, train_snapshots, train_stage1
-from raptor.intervals import Interval, bootstrap, by_group, claim_table, mean_interval, over_groups, rank_correlation, share_interval
-from raptor.model import Raptor, RaptorBackbone
+from raptor.analysis.cost import count_parameters, counted_flops, peak_memory, vit_block_flops
+from raptor.study.experiments import (
+    assess, cached_source, order_accuracy, own_scores, test_images as images_of, train_one_stage, train_snapshots,
+    train_stage1
+)
+from raptor.analysis.intervals import (
+    bootstrap, by_group, claim_table, Interval, mean_interval, over_groups, rank_correlation, share_interval
+)
+from raptor.model.as_backbone import RaptorBackbone
+from raptor.model.raptor import Raptor
 from raptor.phases import FragmentedPhases, Phases
-from raptor.presets import block_runs, load_preset, preset_path
-from raptor.results import published
-from raptor.study import Study
+from raptor.study.presets import block_runs, load_preset, preset_path
+from raptor.study.results import published
+from raptor.study.study import Study
 
 ENDS = {2: (7, 12), 3: (7, 10, 12), 4: (4, 7, 10, 12)}
 

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from raptor.core import RaptorError, atomic_path, check_name, check_writable, data_root, file_digest, fingerprint, home_root, read_json, run_record, seed_for, write_json
+from raptor.core import (
+    atomic_path, check_name, check_writable, data_root, file_digest, fingerprint, home_root, RaptorError, read_json,
+    run_record, seed_for, write_json
+)
 
 
 def test_argument_beats_environment_beats_default(monkeypatch, tmp_path):

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import DataLoader
 
-import raptor.data
+import raptor.data.load
 from raptor.core import RaptorError
-from raptor.data import (INK, DatasetSpec, digit_split, draw_scenes, interpolation_matrix, limited, load_dataset,
-    normalise, random_table, render_scenes, shifted_crop)
+from raptor.data.base import DatasetSpec, limited, normalise, random_table, shifted_crop
+from raptor.data.digits import digit_split, draw_scenes, INK, interpolation_matrix, render_scenes
+from raptor.data.load import load_dataset
 
 quick = settings(max_examples=30, deadline=None)
 
@@ -67,7 +68,7 @@ def test_normalised_training_sets_have_mean_0_and_std_1():
 
 def test_the_digits_are_those_of_scikit_learn():
     from sklearn.datasets import load_digits
-    scans, classes = raptor.data.read_digits()
+    scans, classes = raptor.data.digits.read_digits()
     assert np.array_equal(scans, load_digits().images) and np.array_equal(classes, load_digits().target)
 
 
@@ -76,7 +77,7 @@ def test_the_digits_are_those_of_scikit_learn():
 @pytest.fixture
 def short_lens(monkeypatch):
     "A camera whose 28 px at 1 m make whole numbers: 3.5 m is 8 px, 2 m is 14 px."
-    monkeypatch.setattr(raptor.data, "FOCAL", 70.)
+    monkeypatch.setattr(raptor.data.digits, "FOCAL", 70.)
 
 
 def test_one_scene_by_hand(short_lens):
@@ -153,7 +154,7 @@ def test_class_depth_and_map_of_scenes_agree():
 
 def test_scenes_show_only_digits_of_their_own_split(monkeypatch):
     marks = {"train": 2, "val": 5, "test": 8}
-    monkeypatch.setattr(raptor.data, "digit_split", lambda s: (torch.ones(3, 8, 8), torch.full((3,), marks[s]), torch.arange(3)))
+    monkeypatch.setattr(raptor.data.digits, "digit_split", lambda s: (torch.ones(3, 8, 8), torch.full((3,), marks[s]), torch.arange(3)))
     for s, mark in marks.items():
         data = load_dataset("digit_scenes", s, "segmentation", limit=20)
         assert set(data.targets["segmentation"].unique().tolist()) == {mark, 10} and set(data.labels.tolist()) == {mark}
@@ -268,14 +269,14 @@ def test_fingerprint_follows_what_decides_the_pixels():
 
 
 def test_fingerprint_does_not_change_between_processes():
-    code = "from raptor.data import load_dataset; print(load_dataset('digit_scenes', 'val', limit=9, seed=3).fingerprint)"
+    code = "from raptor.data.load import load_dataset; print(load_dataset('digit_scenes', 'val', limit=9, seed=3).fingerprint)"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert there == load_dataset("digit_scenes", "val", "all", limit=9, seed=3).fingerprint
 
 
 def test_digits_need_neither_torchvision_nor_pillow():
     code = ("import sys; sys.modules['torchvision'] = sys.modules['PIL'] = None\n"
-        "from raptor.data import load_dataset; print(load_dataset('digit_scenes', 'val')[0]['image'].shape[0])")
+        "from raptor.data.load import load_dataset; print(load_dataset('digit_scenes', 'val')[0]['image'].shape[0])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "3"
 
 

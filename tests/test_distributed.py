@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 
 from raptor.core import RaptorError, seed_everything, seed_for
-from raptor.model import RecurrentBlock
-from raptor.train import TrainConfig, fit, make_accelerator, stop_now, train_span
+from raptor.model.block import RecurrentBlock
+from raptor.train.fit import fit, make_accelerator, stop_now
+from raptor.train.stages import train_span, TrainConfig
 
 CONFIG = TrainConfig(steps=24, batch_size=8, lr=1e-2, warmup=3, log_every=5, checkpoint_every=10, eval_every=8)
 

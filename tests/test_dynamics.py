@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from raptor.core import RaptorError
-from raptor.dynamics import (ALL_TOKENS, Moments, advance_with_order, angle, angular_basins, angular_speed, brh_epsilon, class_angles, cls_directions,
-                             directional_convergence, effective_rank, patch_coherence, perturbation_decay, sample_replacements, sample_swaps,
-                             stable_rank, state_norms, token_kinds, update_ranks, update_spectra)
+from raptor.analysis.dynamics import (
+    advance_with_order, ALL_TOKENS, angle, angular_basins, angular_speed, brh_epsilon, class_angles, cls_directions,
+    directional_convergence, effective_rank, Moments, patch_coherence, perturbation_decay, sample_replacements,
+    sample_swaps, stable_rank, state_norms, token_kinds, update_ranks, update_spectra
+)
 from raptor.phases import FragmentedPhases, Phases
 
 KINDS = token_kinds(3, True, 10)
@@ -280,7 +282,7 @@ def test_impossible_perturbations_are_refused(starts, sizes):
 # orders
 
 def test_advance_with_order_on_a_real_backbone():
-    backbone = pytest.importorskip("raptor.backbone").Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
+    backbone = pytest.importorskip("raptor.teacher.backbone").Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
     state = backbone.embed(noise(2, 3, 24, 24))
     with torch.no_grad():
         assert torch.equal(advance_with_order(backbone, state, range(1, 7)), backbone.advance(state, 0, 6))

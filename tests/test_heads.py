@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from raptor.core import RaptorError
-from raptor.heads import (ClassificationHead, DepthHead, SegmentationHead, bin_target, depth_loss, masked_cross_entropy, probe_task, scale_invariant_loss)
-from raptor.metrics import depth_rmse
+from raptor.probes.heads import (
+    bin_target, ClassificationHead, depth_loss, DepthHead, masked_cross_entropy, probe_task, scale_invariant_loss,
+    SegmentationHead
+)
+from raptor.probes.metrics import depth_rmse
 
 def random(*shape, seed=0, **kw): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **kw)
 def backbone(**kw): return SimpleNamespace(**{**dict(dim=6, num_prefix=5, grid=(2, 3), has_cls=True), **kw})

@@ -7,16 +7,16 @@ import numpy as np, pytest, torch, yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from raptor.backbone import Backbone
-from raptor.block import RecurrentBlock, load_block, save_block
-from raptor.cache import CacheSpec, CachedTrajectories, _begin, _finish, _write_chunk
+from raptor.teacher.backbone import Backbone
+from raptor.model.block import load_block, RecurrentBlock, save_block
+from raptor.trajectories.cache import _begin, _finish, _write_chunk, CachedTrajectories, CacheSpec
 from raptor.core import RaptorError
-from raptor.fit import load_checkpoint, save_checkpoint
-from raptor.heads import probe_task
-from raptor.model import Raptor
+from raptor.train.fit import load_checkpoint, save_checkpoint
+from raptor.probes.heads import probe_task
+from raptor.model.raptor import Raptor
 from raptor.phases import Phases
-from raptor.presets import load_preset, preset_path
-from raptor.probes import load_head, save_head
+from raptor.study.presets import load_preset, preset_path
+from raptor.probes.train import load_head, save_head
 
 
 class Shape:

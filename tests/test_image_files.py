@@ -8,10 +8,10 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import raptor.image_files as image_files
+import raptor.data.files as image_files
 from raptor.core import RaptorError
-from raptor.data import load_dataset
-from raptor.image_files import FileTable, ImageArrays, ImageFiles, for_each, hash_split, read_image, seeded
+from raptor.data.load import load_dataset
+from raptor.data.files import FileTable, for_each, hash_split, ImageArrays, ImageFiles, read_image, seeded
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,11 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from raptor import author_checkpoint
-from raptor.author_checkpoint import read_pickle
-from raptor.block import RecurrentBlock
+from raptor.model import authors as author_checkpoint
+from raptor.model.authors import import_author_checkpoint, read_pickle
+from raptor.model.block import RecurrentBlock
 from raptor.core import RaptorError
-from raptor.model import Raptor, import_author_checkpoint
+from raptor.model.raptor import Raptor
 from raptor.phases import Phases
 
 

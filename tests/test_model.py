@@ -10,9 +10,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from raptor.block import BlockConfig, RecurrentBlock, attend, block_flops, flop_matched_hidden, load_block, save_block, write_tensors
+from raptor.model.block import (
+    attend, block_flops, BlockConfig, flop_matched_hidden, load_block, RecurrentBlock, save_block, write_tensors
+)
 from raptor.core import RaptorError
-from raptor.model import Raptor, RaptorBackbone
+from raptor.model.as_backbone import RaptorBackbone
+from raptor.model.raptor import Raptor
 from raptor.phases import FragmentedPhases, Phases
 
 
@@ -254,7 +257,7 @@ def test_fingerprint_of_a_student_follows_its_weights(student):
 
 
 def test_a_student_of_a_real_backbone_has_what_the_backbone_has():
-    backbone = pytest.importorskip("raptor.backbone").Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
+    backbone = pytest.importorskip("raptor.teacher.backbone").Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
     student = RaptorBackbone(backbone, Raptor.create(Phases((2, 6)), backbone.dim, backbone.num_heads))
     for name in ("depth", "dim", "num_heads", "num_prefix", "num_registers", "num_tokens", "has_cls", "grid", "img_size", "mean", "std"): assert getattr(student, name) == getattr(backbone, name)
     images = torch.randn(2, 3, 24, 24)
@@ -318,7 +321,7 @@ def test_card_says_what_is_known_and_what_is_not(saved):
 def test_an_interrupted_save_leaves_the_old_files(saved, monkeypatch):
     raptor, folder = saved
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    import raptor.block as module
+    import raptor.model.block as module
     def breaks(tensors, path, metadata):
         Path(path).write_bytes(b"half"); raise OSError("disk full")
     monkeypatch.setattr(module, "save_file", breaks)

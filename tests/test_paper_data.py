@@ -7,8 +7,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from raptor.core import RaptorError
-from raptor.data import load_dataset
-from raptor.paper_data import ade_labels, crop_window, depth_metres, eigen_crop, frame_padding
+from raptor.data.load import load_dataset
+from raptor.data.dense import ade_labels, crop_window, depth_metres, eigen_crop, frame_padding
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch): monkeypatch.setenv("RAPTOR_HOME", str(tmp_path/"home")) # lists of unreadable files go there

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from raptor.core import RaptorError
-from raptor.phases import (FragmentedPhases, Phases, all_segmentations, as_phases, best_bisection, cut_weight, layer_distance, layer_norms,
-                           max_cut, published_distance, published_segmentations, random_fragmented, random_segmentations, recursive_max_cut)
+from raptor.phases import (
+    all_segmentations, as_phases, best_bisection, cut_weight, FragmentedPhases, layer_distance, layer_norms, max_cut,
+    Phases, published_distance, published_segmentations, random_fragmented, random_segmentations, recursive_max_cut
+)
 
 
 def random_distance(depth, seed, integer=False):

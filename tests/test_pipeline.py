@@ -7,16 +7,16 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-import raptor.pipeline as pipeline
-from raptor.controls import control_runs
-from raptor.core import RaptorError, paper_root
-from raptor.presets import all_runs, load_preset, preset_path
+import raptor.pipeline.cli as pipeline
+from raptor.study.controls import control_runs
+from raptor.core import paper_root, RaptorError
+from raptor.study.presets import all_runs, load_preset, preset_path
 
 
 def start(*argv, home, **kwargs):
     env = {**os.environ, "RAPTOR_HOME": str(home), "OMP_NUM_THREADS": "1"}
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # tests that a script starts in the background have it ignored, and hand that on
-    return subprocess.Popen([sys.executable, "-m", "raptor.pipeline", *map(str, argv)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard, **kwargs)
+    return subprocess.Popen([sys.executable, "-m", "raptor.pipeline.cli", *map(str, argv)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard, **kwargs)
 
 
 def raptor(*argv, home, timeout=110):
@@ -274,6 +274,7 @@ def test_dry_run_changes_nothing(tmp_path):
 def test_every_item_has_a_notebook_and_every_notebook_a_rule():
     names = {p.stem for p in paper_root().glob("*.ipynb")}
     snakefile = (paper_root()/"Snakefile").read_text()
-    from raptor.pipeline import MAIN_ITEMS, STAGES
+    from raptor.pipeline.cli import MAIN_ITEMS
+    from raptor.study.presets import STAGES
     assert set(MAIN_ITEMS) | set(STAGES) | {"summary"} <= names
     assert all(f"rule {s}:" in snakefile or f"checkpoint {s}:" in snakefile for s in STAGES)

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from raptor import plots
+from raptor.figures import plots
 from raptor.core import RaptorError
-from raptor.drawing import boundaries, draw_lines, group_style, mean_and_spread, new_axes, save_figure, use_style
+from raptor.figures.style import boundaries, draw_lines, group_style, mean_and_spread, new_axes, save_figure, use_style
 from raptor.phases import FragmentedPhases, Phases, published_distance
 
 @pytest.fixture(autouse=True)

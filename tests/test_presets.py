@@ -5,16 +5,18 @@ from dataclasses import fields, replace
 import pytest
 import yaml
 
-from raptor import needs
+from raptor.pipeline import needs
 from raptor.core import RaptorError
-from raptor.fit import FitConfig
-from raptor.heads import DepthHead
-from raptor.needs import check_files, check_models, check_settings, run_needs
-from raptor.presets import (FIT_SETTINGS, HEAD_SETTINGS, PROBE_SETTINGS, SEEDS, STAGES, TRAIN_SETTINGS, all_runs, block_runs, load_preset, preset_names,
-    preset_path, probe_runs, raptor_runs, study_ends)
-from raptor.probes import ProbeConfig
-from raptor.study import Study
-from raptor.train import TrainConfig
+from raptor.train.fit import FitConfig
+from raptor.probes.heads import DepthHead
+from raptor.pipeline.needs import check_files, check_models, check_settings, run_needs
+from raptor.study.presets import (
+    all_runs, block_runs, FIT_SETTINGS, HEAD_SETTINGS, load_preset, preset_names, preset_path, probe_runs,
+    PROBE_SETTINGS, raptor_runs, SEEDS, STAGES, study_ends, TRAIN_SETTINGS
+)
+from raptor.probes.train import ProbeConfig
+from raptor.study.study import Study
+from raptor.train.stages import TrainConfig
 
 PAPER = {2: (7, 12), 3: (7, 10, 12), 4: (4, 7, 10, 12)}
 
@@ -47,7 +49,7 @@ def test_the_names_of_settings_are_those_of_the_classes():
 
 
 def test_presets_are_read_without_torch():
-    code = "import sys; from raptor.presets import *; import raptor.needs; [load_preset(n) for n in preset_names()]; sys.exit('torch' in sys.modules)"
+    code = "import sys; from raptor.study.presets import *; import raptor.pipeline.needs; [load_preset(n) for n in preset_names()]; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

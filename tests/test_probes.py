@@ -5,14 +5,18 @@ import pytest
 import torch
 from torch import nn
 
-from raptor.backbone import Backbone
+from raptor.teacher.backbone import Backbone
 from raptor.core import RaptorError, seed_everything
-from raptor.data import load_dataset
-from raptor.model import Raptor, RaptorBackbone
+from raptor.data.load import load_dataset
+from raptor.model.as_backbone import RaptorBackbone
+from raptor.model.raptor import Raptor
 from raptor.phases import Phases
-from raptor.probes import (FeatureTable, ProbeConfig, evaluate_heads, fidelity, load_head, ordered_batches, plain_attention, probe_task, save_head,
-                           shuffled_batches, train_probe, train_teacher)
-from raptor.train import FitConfig
+from raptor.probes.heads import probe_task
+from raptor.probes.train import (
+    evaluate_heads, FeatureTable, fidelity, load_head, ordered_batches, plain_attention, ProbeConfig, save_head,
+    shuffled_batches, train_probe, train_teacher
+)
+from raptor.train.fit import FitConfig
 
 
 class Lamps:
@@ -44,7 +48,7 @@ def test_a_linear_problem_is_solved_and_reported():
 
 
 def test_best_is_the_first_best_epoch_and_last_is_the_last():
-    from raptor.probes import _best_and_last
+    from raptor.probes.train import _best_and_last
     import pandas as pd
     history = pd.DataFrame({"step": [8, 16, 24], "epoch": [1, 2, 3], "top1": [0.5, 0.9, 0.7], "rmse": [0.5, 0.2, 0.3]})
     up, down = _best_and_last(history, probe_task("classification")), _best_and_last(history, probe_task("depth"))
@@ -113,7 +117,7 @@ def test_stochastic_depth_survives_a_restart(tmp_path):
     arguments = dict(num_classes={"classification": 10})
     whole = start(); train_teacher(whole, data, config, **arguments)
     class Cut(Exception): pass
-    import raptor.probes as probes
+    import raptor.probes.train as probes
     def cut(batches, device):
         for i, batch in enumerate(batches):
             if i == 4: raise Cut

@@ -289,7 +289,7 @@ def test_package_imports_without_its_tools():
 
 def test_the_command_starts_without_torch():
     "Snakemake starts the command once a job, and `raptor --help` should not take seconds."
-    assert call(sys.executable, "-c", "import sys, raptor.pipeline; print('torch' in sys.modules)").strip() == "False"
+    assert call(sys.executable, "-c", "import sys, raptor.pipeline.cli; print('torch' in sys.modules)").strip() == "False"
 
 PAPER_DATA = {"Snakefile", "presets", "published"}
 
@@ -325,7 +325,7 @@ def test_installed_wheel_finds_the_paper(wheel, tmp_path):
     assert out.split() == [str((site/"raptor"/"paper").resolve()), SETTINGS["version"]]
     assert list(empty.iterdir()) == []
     entry = next(site.glob("raptor-*.dist-info/entry_points.txt")).read_text()
-    assert "raptor = raptor.pipeline:main" in entry
+    assert "raptor = raptor.pipeline.cli:main" in entry
 
 def test_checkout_finds_the_paper(tmp_path):
     out = call(sys.executable, "-c", "import raptor.core; print(raptor.core.paper_root())", cwd=tmp_path)

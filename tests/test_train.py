@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from raptor.core import RaptorError, seed_everything, seed_for
-from raptor.model import Raptor, RecurrentBlock
+from raptor.model.block import RecurrentBlock
+from raptor.model.raptor import Raptor
 from raptor.phases import Phases
-from raptor.train import (FitConfig, StateLoss, TrainConfig, ar_loss, fit, learning_rate, load_checkpoint, save_checkpoint,
-                          SpanObjective, benchmark_step, teacher_weight, tf_loss, train_raptor, train_span)
+from raptor.train.fit import fit, FitConfig, learning_rate, load_checkpoint, save_checkpoint
+from raptor.train.losses import ar_loss, StateLoss, teacher_weight, tf_loss
+from raptor.train.stages import benchmark_step, SpanObjective, train_raptor, train_span, TrainConfig
 
 
 class Rotating:
@@ -211,7 +213,7 @@ WORKER = """
     import torch; torch.set_num_threads(1)
     from safetensors.torch import save_file
     from test_train import Rotating, new_block
-    from raptor.train import TrainConfig, train_span
+    from raptor.train.stages import TrainConfig, train_span
     class Slow(Rotating):
         def batches(self, *a, **k):
             for b in super().batches(*a, **k): time.sleep(float(sys.argv[2])); yield b

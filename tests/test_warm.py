@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 import raptor
-from raptor.warm import can_fork, is_fork, warm_command, warm_process
+from raptor.pipeline.warm import can_fork, is_fork, warm_command, warm_process
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes start afresh here")
 
@@ -29,7 +29,7 @@ def until_told():
     sys.exit(int(sys.stdin.readline()))
 def mark(): open(sys.argv[1], "w").close()
 def where():
-    import raptor; from raptor.warm import is_fork
+    import raptor; from raptor.pipeline.warm import is_fork
     print(raptor.__file__, "" in sys.path or os.getcwd() in sys.path, is_fork(), sep="|")
 def stay():
     import signal
@@ -73,7 +73,7 @@ def bare(entries):
     "A warm process without any imports, to be treated badly: the process, and where it listens."
     with tempfile.TemporaryDirectory(prefix="raptor-") as folder:
         address = f"{folder}/warm"
-        server = subprocess.Popen([sys.executable, "-c", "import sys; from raptor.warm import serve; serve(sys.argv[1])", address], stdin=subprocess.PIPE)
+        server = subprocess.Popen([sys.executable, "-c", "import sys; from raptor.pipeline.warm import serve; serve(sys.argv[1])", address], stdin=subprocess.PIPE)
         until(lambda: connected(address))
         yield server, address
         server.kill(); server.wait()
@@ -140,7 +140,7 @@ def test_all_end_when_the_owner_of_the_warm_process_is_killed(entries):
     importable()
     script = textwrap.dedent("""
         import os, subprocess, time
-        from raptor.warm import warm_command, warm_process
+        from raptor.pipeline.warm import warm_command, warm_process
         with warm_process():
             print(os.environ["RAPTOR_WARM"], flush=True)
             p = subprocess.Popen([*warm_command("entries:wait")])

@@ -15,7 +15,7 @@ import math, os, shutil
 
 import numpy as np, pytest, torch
 
-from raptor.cache import CacheSpec, CachedTrajectories, _begin, _finish, _write_chunk, chunk_shape
+from raptor.trajectories.cache import _begin, _finish, _write_chunk, CachedTrajectories, CacheSpec, chunk_shape
 
 from conftest import ROWS, seconds
 

@@ -28,7 +28,7 @@ class Together:
 
 def cifar(images):
     "So many images, decoded."
-    from raptor.data import load_dataset
+    from raptor.data.load import load_dataset
     train = load_dataset("cifar10", "train", train_transform=False, limit=images)
     parts = [train] if len(train) == images else [train, load_dataset("cifar10", "val", train_transform=False, limit=images - len(train))]
     for part in parts: part.images
@@ -40,9 +40,12 @@ def cifar(images):
 def quantities(source, backbone):
     "{name: function(images) -> table or fitted model}, each of which reads the stream once."
     import torch
-    from raptor.baselines import fit_dmd, fit_linear
-    from raptor.dynamics import angular_speed, brh_epsilon, directional_convergence, patch_coherence, perturbation_decay, state_norms, token_kinds, update_ranks
-    from raptor.model import Raptor
+    from raptor.analysis.baselines import fit_dmd, fit_linear
+    from raptor.analysis.dynamics import (
+        angular_speed, brh_epsilon, directional_convergence, patch_coherence, perturbation_decay, state_norms,
+        token_kinds, update_ranks
+    )
+    from raptor.model.raptor import Raptor
     from raptor.phases import Phases
     kinds = token_kinds(backbone.num_prefix, backbone.has_cls, backbone.num_tokens)
     phases = Phases((backbone.depth//3, 2*backbone.depth//3, backbone.depth))
@@ -60,9 +63,9 @@ def quantities(source, backbone):
 def measure(images, name):
     "Print a row of JSON for each quantity."
     import torch
-    from raptor.activations import LiveTrajectories
-    from raptor.backbone import Backbone
-    from raptor.cost import _peak
+    from raptor.trajectories.live import LiveTrajectories
+    from raptor.teacher.backbone import Backbone
+    from raptor.analysis.cost import _peak
     torch.manual_seed(0)
     backbone = Backbone.create(name, pretrained=False, img_size=32).to("cuda" if torch.cuda.is_available() else "cpu")
     source = LiveTrajectories(backbone, cifar(images))

@@ -4,10 +4,11 @@
 """
 import pytest, torch
 
-from raptor.backbone import Backbone
-from raptor.block import flop_matched_hidden
+from raptor.teacher.backbone import Backbone
+from raptor.model.block import flop_matched_hidden
 from raptor.core import mixed_precision, seed_everything
-from raptor.model import Raptor, RaptorBackbone
+from raptor.model.as_backbone import RaptorBackbone
+from raptor.model.raptor import Raptor
 from raptor.phases import Phases
 
 from conftest import DEVICE, ON_GPU

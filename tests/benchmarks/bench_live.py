@@ -5,10 +5,10 @@ there already, and against the teacher's forward pass alone. Not collected by de
 """
 import torch
 
-from raptor.activations import LiveTrajectories
-from raptor.backbone import Backbone
+from raptor.trajectories.live import LiveTrajectories
+from raptor.teacher.backbone import Backbone
 from raptor.core import mixed_precision, seed_everything
-from raptor.train import benchmark_step
+from raptor.train.stages import benchmark_step
 
 from conftest import DEVICE, ON_GPU
 

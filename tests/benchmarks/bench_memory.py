@@ -27,8 +27,9 @@ class Noise:
 def measure(kind, images, folder):
     import torch
     torch.set_num_threads(1)
-    from raptor.activations import CachedTrajectories, LiveTrajectories, write_cache
-    from raptor.backbone import Backbone
+    from raptor.trajectories.cache import CachedTrajectories
+    from raptor.trajectories.live import LiveTrajectories, write_cache
+    from raptor.teacher.backbone import Backbone
     torch.manual_seed(0)
     backbone, data, path = Backbone.create("vit_mini_patch4_reg4_24", pretrained=False), Noise(images), Path(folder)/f"cache-{images}"
     if kind == "cached": # written by another process, so that the writer is not measured

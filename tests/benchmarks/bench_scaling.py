@@ -12,7 +12,7 @@ ROUNDS = 7
 def step_seconds(span, batch):
     "Median of a step at width 384 and 261 tokens (768 and batches 16 times as large on a graphics card), in turns with nothing."
     import torch
-    from raptor.train import benchmark_step
+    from raptor.train.stages import benchmark_step
     large = torch.cuda.is_available()
     step, times = benchmark_step(768 if large else 384, 12 if large else 6, 261, 5, batch*(16 if large else 1), span, 0.0), []
     for i in range(ROUNDS + 2):
@@ -27,12 +27,12 @@ def training_peak_mb(images):
     "Largest resident memory of a process that trains a block on a cache of so many images for a hundred steps."
     import resource, torch
     torch.set_num_threads(1)
-    from raptor.activations import write_cache
-    from raptor.backbone import Backbone
-    from raptor.block import RecurrentBlock
-    from raptor.cache import CachedTrajectories
-    from raptor.data import load_dataset
-    from raptor.train import TrainConfig, train_span
+    from raptor.trajectories.live import write_cache
+    from raptor.teacher.backbone import Backbone
+    from raptor.model.block import RecurrentBlock
+    from raptor.trajectories.cache import CachedTrajectories
+    from raptor.data.load import load_dataset
+    from raptor.train.stages import train_span, TrainConfig
     with tempfile.TemporaryDirectory() as folder:
         if not os.fork(): # what the writer holds is not the trainer's
             write_cache(Backbone.create("vit_mini_patch4_reg4_24", pretrained=False), load_dataset("digit_scenes", "train", train_transform=False, limit=images), f"{folder}/cache", chunk_images=256)
@@ -63,7 +63,7 @@ def main(table, picture=None):
 
 def draw(frame, picture):
     import matplotlib.pyplot as plt
-    from raptor.plots import use_style
+    from raptor.figures.style import use_style
     with use_style():
         figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.4))
         for ax, (work, some) in zip(axes, frame.groupby("work", sort=False)):

@@ -10,11 +10,11 @@ import gc
 import pytest, torch
 from torch import nn
 
-from raptor.block import RecurrentBlock, block_flops
+from raptor.model.block import block_flops, RecurrentBlock
 from raptor.core import mixed_precision, seed_everything
-from raptor.model import Raptor
+from raptor.model.raptor import Raptor
 from raptor.phases import Phases
-from raptor.train import benchmark_step
+from raptor.train.stages import benchmark_step
 
 from baseline import BaselineBlock, baseline_step
 from conftest import DEVICE, ON_GPU

@@ -8,8 +8,8 @@ import nbformat
 import pandas as pd
 
 from raptor.core import code_version, hardware, versions
-from raptor.experiments import run_seconds
-from raptor.results import Results
+from raptor.study.experiments import run_seconds
+from raptor.study.results import Results
 
 STAGES = {"teacher": "notebooks/train_teacher.ipynb", "cache": "notebooks/cache_activations.ipynb", "phases": "notebooks/find_phases.ipynb", "blocks, stage 1": "blocks/*/train_block.ipynb",
           "Raptors, stage 2": "raptors/*/train_raptor.ipynb", "probes": "probes/*/train_probe.ipynb", "controls, with --all": "controls/*/train_control.ipynb",
