@@ -21,7 +21,7 @@ from raptor.train.stages import TrainConfig
 
 def raptor(*argv, home, data, **kwargs):
     env = {**os.environ, "RAPTOR_HOME": str(home), "RAPTOR_DATA": str(data), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "raptor.pipeline.cli", *map(str, argv)], env=env, capture_output=True, text=True, timeout=100, **kwargs)
+    return subprocess.run([sys.executable, "-m", "raptor", *map(str, argv)], env=env, capture_output=True, text=True, timeout=100, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +268,7 @@ def test_import_runs_nothing(tmp_path):
 def test_a_preempted_notebook_saves_and_the_next_start_goes_on(at, data):
     "SIGTERM to the command reaches the kernel, which saves; no checkpoint was due before."
     path = changed(at, stage1__steps=400, stage1__checkpoint_every=0, stage1__eval_every=0, stage1__batch_size=4, data__limit=32, data__test_limit=4)
-    argv = [sys.executable, "-m", "raptor.pipeline.cli", "run", "train_block", "--preset", str(path), "--param", "start=10", "--param", "end=12", "--param", "seed=104"]
+    argv = [sys.executable, "-m", "raptor", "run", "train_block", "--preset", str(path), "--param", "start=10", "--param", "end=12", "--param", "seed=104"]
     env = {**os.environ, "RAPTOR_HOME": str(at/"home"), "RAPTOR_DATA": str(data), "OMP_NUM_THREADS": "1"}
     (at/"home"/"small"/"phases").mkdir(parents=True)
     process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

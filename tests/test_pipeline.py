@@ -16,7 +16,7 @@ from raptor.study.presets import all_runs, load_preset, preset_path
 def start(*argv, home, **kwargs):
     env = {**os.environ, "RAPTOR_HOME": str(home), "OMP_NUM_THREADS": "1"}
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # tests that a script starts in the background have it ignored, and hand that on
-    return subprocess.Popen([sys.executable, "-m", "raptor.pipeline.cli", *map(str, argv)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard, **kwargs)
+    return subprocess.Popen([sys.executable, "-m", "raptor", *map(str, argv)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard, **kwargs)
 
 
 def raptor(*argv, home, timeout=110):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FIT_SETTINGS', 'TRAIN_SETTINGS', 'PROBE_SETTINGS', 'HEAD_SETTINGS', 'STAGES', 'SEEDS', 'setting', 'DataSpec',
            'TeacherSpec', 'PhaseSpec', 'BlockSpec', 'ActivationSpec', 'ProbeSpec', 'ControlSpec', 'RuleSpec', 'Preset',
-           'build_spec', 'preset_names', 'preset_path', 'load_preset', 'Run', 'block_runs', 'raptor_runs', 'probe_runs',
-           'all_runs', 'study_folder', 'study_ends']
+           'build_spec', 'preset_names', 'preset_path', 'load_preset', 'preset_schema', 'Run', 'block_runs',
+           'raptor_runs', 'probe_runs', 'all_runs', 'study_folder', 'study_ends']
 
 # %% ../../nbs/api/study/00_presets.ipynb #b7a1707e
 import re
@@ -273,6 +273,9 @@ def load_preset(
     loaded = replace(loaded, seeds=SEEDS | loaded.seeds)
     for check in (_check_phases, _check_probes, _check_extra_models, _check_seeds, _check_resources): check(loaded, where)
     return loaded
+
+def preset_schema(): return {}
+
 
 # %% ../../nbs/api/study/00_presets.ipynb #977568bc
 @dataclass(frozen=True)

@@ -21,17 +21,33 @@ class Results:
     "What a preset has produced under a root."
     preset:Preset
     home:Path|None = None # root of all studies; None: `home_root()`
+    origin:str = ""
 
     @classmethod
-    def open(cls,
-        preset:str|Path, # a preset's name, or a path to a YAML file
-        home:str|Path|None=None, # root of all studies
-    ): # Results, or the class that it is called on
-        "Read a preset; nothing needs to have run."
-        return cls(load_preset(preset), Path(home) if home else None)
+    def open(cls, preset, home=None, replicas=None):
+        from dataclasses import replace
+        from raptor.core import home_root
+        from raptor.study.presets import preset_names, preset_path
+        p = load_preset(preset)
+        if replicas is not None and replicas < 1: raise RaptorError(f"--replicas is {replicas}; it must be at least 1.")
+        if replicas: p = replace(p, replicas=replicas)
+        return cls(p, home_root(home), str(preset) if str(preset) in preset_names() else str(preset_path(preset)))
 
     @property
     def folder(self) -> Path: return study_folder(self.preset, self.home)
+
+    @property
+    def known_ends(self): return study_ends(self.preset, self.home)
+
+    @property
+    def runs(self):
+        from raptor.study.presets import all_runs
+        return all_runs(self.preset, self.ends)
+
+    @property
+    def controls(self):
+        from raptor.study.controls import control_runs
+        return control_runs(self.preset, self.ends)
 
     @property
     def ends(self) -> dict: # {k: ends}
