@@ -29,7 +29,8 @@ def data_uses(
     preset:Preset, # of the study
 ) -> list[tuple[str, DataSpec, str, str]]: # (purpose, data, train or test, task)
     "Everything that a study reads, in the order in which it is read."
-    uses = [("trajectories", preset.data, "classification"), *((task, p.data, task) for task, p in preset.probes.items())]
+    uses = [("trajectories", preset.data, "classification")]
+    uses += [(task, probe.data, task) for task, probe in preset.probes.items()]
     return [(purpose, data, split, task) for purpose, data, task in uses for split in ("train", "test")]
 
 def describe_data(
@@ -51,7 +52,7 @@ def describe_data(
 def check_models(
     preset:Preset, # of the study
 ) -> None:
-    "Build every backbone without storage at each resolution; raise `RaptorError` if one fails or the phases do not fit."
+    "Build every backbone without storage at each resolution; raise `RaptorError` if one fails or phases do not fit."
     sizes = [None, *(probe.img_size for probe in preset.probes.values() if probe.img_size)]
     for name, spec in backbones(preset).items():
         where = f"preset {preset.name}: {name if name == 'teacher' else f'extra_models: {name}'}"
@@ -103,7 +104,7 @@ def check_settings(
     stages = {"stage1": preset.stage1, "last_block": last, "stage2": preset.stage2, "controls: train": one_stage}
     configs |= {name: (TrainConfig, settings) for name, settings in stages.items()}
     if train is not None:
-        configs["teacher: train"], configs["controls: teacher"] = (FitConfig, train), (FitConfig, train | controls.teacher)
+        configs |= {"teacher: train": (FitConfig, train), "controls: teacher": (FitConfig, train | controls.teacher)}
     for name, (cls, settings) in configs.items(): _check_config(cls, settings, f"preset {preset.name}: {name}")
 
 def _check_config(cls, settings:dict, where:str):
