@@ -53,7 +53,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path):
     (tmp_path/"a.json").write_text("1")
-    with pytest.raises(RaptorError, match="a.json cannot be written: no space left on device; free some there"):
+    with pytest.raises(RaptorError, match="a.json cannot be written: no space left on device; free some space there"):
         with atomic_path(tmp_path/"a.json") as t:
             t.write_text("2")
             Path("/dev/full").write_text("2")
