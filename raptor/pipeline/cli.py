@@ -10,7 +10,6 @@ __all__ = ['MAIN_ITEMS', 'SNAKEMAKE', 'app', 'PresetOption', 'HomeOption', 'stud
 # %% ../../nbs/api/pipeline/04_cli.ipynb #a31e00fb
 import os, shutil, sys, tempfile, time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -20,7 +19,8 @@ import yaml
 from ..study.controls import control_runs
 from ..core import atomic_path, check_name, check_writable, data_root, home_root, paper_root, RaptorError
 from .needs import check_files, costs, describe_data, profile_path, run_needs
-from ..study.presets import all_runs, load_preset, preset_names, preset_path, STAGES, study_ends, study_folder
+from ..study.presets import all_runs, load_preset, preset_names, preset_path, STAGES
+from ..study.study import Study
 from .processes import claimed_gpus, study_lock, sweep, visible_gpus
 from .page import item_names
 from .notebooks import clear_checkpoints, notebook_names, run_notebook
@@ -59,7 +59,7 @@ def reproduce(
     "Run what is missing of a study, in this process, through Snakemake."
     spec, config = load_preset(preset), study_config(preset, only, all_items, replicas)
     os.environ["RAPTOR_HOME"] = str(home_root(home))
-    folder = check_writable(study_folder(spec, home), int(spec.resources.get("disk_gb", 0.1) * 1e9))
+    folder = check_writable(Study.open(spec, home).folder, int(spec.resources.get("disk_gb", 0.1) * 1e9))
     if not dry_run: check_files(spec, home)
     with study_lock(folder), nullcontext() if dry_run or profile else warm_process():
         if not (dry_run or profile): sweep(folder) # the runs of a cluster may outlive the command that started them
@@ -118,7 +118,7 @@ def reproduce_command(
         return
     status = reproduce(preset, tuple(only or ()), all_items=all_items, replicas=replicas, cores=cores, profile=profile, home=home)
     if status: raise RaptorError("the study is not finished (see above); start the same command again to go on.")
-    page = study_folder(load_preset(preset), home)/"summary.html"
+    page = Study.open(preset, home).folder/"summary.html"
     print(f"done in {time.time() - started:.0f} s: {page}" if page.exists() and not only else f"done in {time.time() - started:.0f} s: {page.parent}")
 
 # %% ../../nbs/api/pipeline/04_cli.ipynb #fcead748
@@ -130,13 +130,13 @@ def describe_runs(
 ) -> str: # one line a run, and a line with their number and cost
     "The runs of a study with their seeds, as text: what `--dry-run` prints."
     spec = load_preset(preset)
-    spec = replace(spec, replicas=replicas) if replicas else spec
+    spec = Study.open(spec, home, replicas).preset
     needs = [*describe_data(spec), costs(spec) or "cost not stated"]
-    if (ends := study_ends(spec, home)) is None:
+    if (ends := Study.open(spec, home).known_ends) is None:
         first = ["train_teacher"] * (spec.teacher.train is not None) + ["cache_activations"] * (spec.activations.source == "cached") + ["find_phases"]
         return "\n".join([*needs[:-1], f"{spec.name}: {', '.join(first)}; then blocks, Raptors and probes for k = {spec.phases.ks}, once the phases are known; {needs[-1]}"])
     runs = [*all_runs(spec, ends).values(), *(control_runs(spec, ends).values() if all_items else ())]
-    lines = [f"{r.kind:8}{r.name:28}" + ("done " if (study_folder(spec, home)/r.folder/"result.csv").exists() else "     ")
+    lines = [f"{r.kind:8}{r.name:28}" + ("done " if (Study.open(spec, home).folder/r.folder/"result.csv").exists() else "     ")
              + ", ".join(f"{k}={v}" for k, v in r.params.items()) for r in runs]
     counts = ", ".join(f"{sum(r.kind == kind for r in runs)} {kind} runs" for kind in ("block", "raptor", "probe", "control") if all_items or kind != "control")
     return "\n".join([*lines, *needs[:-1], f"{spec.name}: {counts}; {needs[-1]}"])
@@ -153,7 +153,7 @@ def run_command(
     """Execute one notebook with papermill and keep the executed copy."""
     leave_with_parent()
     spec, values, name = load_preset(preset), dict(_parse(p) for p in param or ()), check_name(name, notebook_names(), "notebook")
-    folder, first = check_writable(study_folder(spec, home)), os.environ.get("RANK", "0") == "0"
+    folder, first = check_writable(Study.open(spec, home).folder), os.environ.get("RANK", "0") == "0"
     os.environ.update(RAPTOR_HOME=str(home_root(home)), RAPTOR_PROGRESS="0", **waiting(int(os.environ.get("OMP_NUM_THREADS", 1))))
     output, started = output or folder/"notebooks"/f"{name}.ipynb", time.time()
     if not first: output = Path(tempfile.mkdtemp())/output.name # of several processes in one run the first keeps the record
@@ -180,7 +180,7 @@ def _parse(text:str) -> tuple:
 def page_command(preset:PresetOption="digits", home:HomeOption=None):
     """Make summary.html from the executed summary notebook."""
     from raptor.pipeline.page import write_page
-    folder = study_folder(load_preset(preset), home)
+    folder = Study.open(preset, home).folder
     if folder.exists(): check_writable(folder)
     write_page(folder/"notebooks"/"summary.ipynb", folder/"summary.html", f"Raptor, reproduced: {folder.name}")
 
@@ -188,9 +188,8 @@ def page_command(preset:PresetOption="digits", home:HomeOption=None):
 @app.command("collect")
 def collect_command(preset:PresetOption="digits", home:HomeOption=None):
     """Store a study's outputs in the paper's notebooks of this checkout, and its small results beside them."""
-    from raptor.study.results import Results
     from raptor.pipeline.page import collect
-    for path in collect(Results.open(preset, home)): print(path)
+    for path in collect(Study.open(preset, home)): print(path)
 
 # %% ../../nbs/api/pipeline/04_cli.ipynb #45e9a2d4
 @app.command("cache")
@@ -201,7 +200,6 @@ def cache_command(
     home:HomeOption=None,
 ):
     """Write every state of the teacher on the training images to disk, after saying how many bytes and minutes that takes."""
-    from raptor.study.study import Study
     study = Study.open(preset, home)
     images, size, seconds = study.cache_estimate(sample)
     print(f"{images:,} images: {size/1e9:,.3f} GB in 16 bits, {seconds/60:,.1f} minutes of reading, computing and writing on this machine (from {min(sample, images)} images)", flush=True)

@@ -9,8 +9,8 @@ __all__ = ['FOLDERS', 'LAUNCHED', 'data_folder', 'data_uses', 'describe_data', '
 # %% ../../nbs/api/pipeline/00_needs.ipynb #b7ac1a8f
 from pathlib import Path
 
-from ..core import atomic_path, data_root, fingerprint, paper_root, RaptorError
-from ..study.presets import build_spec, DataSpec, load_preset, Preset, preset_names, study_folder, TeacherSpec
+from ..core import atomic_path, data_root, fingerprint, home_root, paper_root, RaptorError
+from ..study.presets import DataSpec, load_preset, Preset, preset_names
 
 # %% ../../nbs/api/pipeline/00_needs.ipynb #5735fd74
 FOLDERS = {"cifar10": "cifar10", "imagenet": "imagenet", "ade20k": "ADEChallengeData2016", "nyuv2": "nyuv2"} # below the data root; other data sets come with scikit-learn
@@ -55,7 +55,7 @@ def check_models(
         if name == "teacher" and depths[0]: _check_depth(preset, depths[0])
 
 def _backbones(preset) -> dict: # {name: TeacherSpec}
-    extra = {n: build_spec(TeacherSpec, v, f"preset {preset.name}: extra_models: {n}") for n, v in preset.extra_models.items()}
+    extra = preset.extra_models
     return {"teacher": preset.teacher, **extra}
 
 # %% ../../nbs/api/pipeline/00_needs.ipynb #c25a90de
@@ -120,7 +120,7 @@ def check_files(
     check_settings(preset)
     for name, file in files:
         if not weights_file(file).is_file(): raise RaptorError(f"preset {preset.name}: {name}: there is no file {weights_file(file)}; put it there, or name another.")
-    study, seen = Study(preset, Path(home) if home else None), []
+    study, seen = Study.open(preset, home), []
     for name, spec in _backbones(preset).items(): # the runs themselves may have no connection to the hub
         if spec.pretrained and not spec.weights: study.teacher(spec)
     for _, spec, split, task in uses:
@@ -134,7 +134,7 @@ def check_files(
 def _seen_before(preset, home) -> bool:
     "Whether models and settings need no second look."
     if preset.name in preset_names() and preset == load_preset(preset.name): return True
-    mark = study_folder(preset, home)/".checked"
+    mark = home_root(home)/preset.name/".checked"
     return mark.exists() and mark.read_text() == fingerprint(str(preset))
 
 # %% ../../nbs/api/pipeline/00_needs.ipynb #5cd8a551

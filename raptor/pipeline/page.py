@@ -13,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import atomic_path, paper_root, RaptorError
-from ..study.results import Results, show_score
+from ..study.results import show_score
+from ..study.study import Study
 
 # %% ../../nbs/api/pipeline/03_page.ipynb #e25c616e
 PAPER_ORDER = ("fig_similarity", "tab_segmentations", "fig_partitions", "fig_stochastic_depth", "fig_swaps", "tab_probes", "fig_accuracy_r2", "tab_ablation", "fig_epsilon",
@@ -26,7 +27,7 @@ def item_names() -> list[str]:
 
 # %% ../../nbs/api/pipeline/03_page.ipynb #d5d2700a
 def show_item(
-    results:Results, # the study
+    results:Study, # the study
     name:str, # an item, e.g. tab_probes
 ) -> None:
     "Display the words and outputs of an executed item notebook, or that it was not run."
@@ -52,7 +53,7 @@ def _show_outputs(cell, name):
 
 # %% ../../nbs/api/pipeline/03_page.ipynb #19c11c3b
 def study_facts(
-    results:Results, # the study
+    results:Study, # the study
 ) -> str: # Markdown
     "What was studied and on what: data, teacher and its own scores, phases, code, hardware."
     preset, rows = results.preset, []
@@ -111,7 +112,7 @@ def _with_large_pictures(notebook, folder:Path):
 EXECUTED = {"train_block": "blocks", "train_raptor": "raptors", "train_probe": "probes", "train_control": "controls"}
 
 def executed_copy(
-    results:Results, # a study that has run
+    results:Study, # a study that has run
     name:str, # a notebook of the paper
 ) -> Path|None: # None if it has not run
     "The executed copy of a notebook; for a stage with many runs, the last by name."
@@ -152,7 +153,7 @@ def store_outputs(
 
 # %% ../../nbs/api/pipeline/03_page.ipynb #eba66794
 def collect(
-    results:Results, # a study that has run
+    results:Study, # a study that has run
     folder:str|Path|None=None, # of the paper's notebooks; None: that of the checkout
 ) -> list[Path]: # the files written
     "Store a study's outputs in the paper's notebooks and its small results beside them."
