@@ -14,7 +14,7 @@ from raptor.core import paper_root, RaptorError
 from raptor.data.load import load_dataset
 from raptor.model.raptor import Raptor
 from raptor.pipeline.needs import check_files, costs, data_uses, profile_path, run_needs
-from raptor.study.presets import all_runs, load_preset, preset_path, study_ends
+from raptor.study.presets import all_runs, load_preset, preset_path
 from raptor.study.study import Spliced, Study
 from raptor.train.stages import TrainConfig
 
@@ -112,7 +112,7 @@ def test_every_stage_of_the_paper_asks_for_a_card_memory_and_time():
 
 def test_phases_of_the_smaller_model_are_found_not_given():
     preset = load_preset("dinov2_vits14")
-    assert study_ends(preset) is None and all_runs(preset, {2: (7, 12)})["block", "0-7-r0"].params["seed"] == 100
+    assert Study.open(preset).known_ends is None and all_runs(preset, {2: (7, 12)})["block", "0-7-r0"].params["seed"] == 100
 
 
 # what the images are like -------------------------------------------------------------------------------------------

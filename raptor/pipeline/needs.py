@@ -9,8 +9,8 @@ __all__ = ['FOLDERS', 'LAUNCHED', 'data_folder', 'data_uses', 'describe_data', '
 # %% ../../nbs/api/pipeline/00_needs.ipynb #b7ac1a8f
 from pathlib import Path
 
-from ..core import RaptorError, atomic_path, data_root, fingerprint, paper_root
-from ..study.presets import DataSpec, Preset, TeacherSpec, load_preset, preset_names
+from ..core import atomic_path, data_root, fingerprint, paper_root, RaptorError
+from ..study.presets import DataSpec, load_preset, Preset, preset_names, TeacherSpec
 from ..study.study import Study
 
 # %% ../../nbs/api/pipeline/00_needs.ipynb #5735fd74
