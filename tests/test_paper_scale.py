@@ -125,7 +125,7 @@ def test_images_are_normalised_for_the_model_that_sees_them(at):
 def test_unreadable_images_may_be_skipped_by_choice(at, tmp_path, monkeypatch):
     root = paper_files.make(tmp_path/"broken"); monkeypatch.setenv("RAPTOR_DATA", str(root))
     study = Study.open(changed(at))
-    first = study.dataset("test").table[0][0]; first.write_bytes(first.read_bytes()[:100])
+    first = study.dataset("test").files(0)[0]; first.write_bytes(first.read_bytes()[:100])
     with pytest.raises(RaptorError, match=str(first)): check_files(study.preset)
     values = yaml.safe_load((at/"small.yaml").read_text())
     values["data"]["on_error"] = values["probes"]["classification"]["data"]["on_error"] = "skip"; (at/"small.yaml").write_text(yaml.safe_dump(values))
