@@ -1,5 +1,5 @@
 "ADE20K and NYUv2 in their exact formats, on files made here."
-import os, shutil, warnings
+import os, shutil, tempfile, warnings
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -12,9 +12,10 @@ from raptor.data.load import load_dataset
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    "Where lists of unreadable files are kept."
+def home(tmp_path, tmp_path_factory, monkeypatch):
+    "Where lists of unreadable files are kept; loader processes that fail leave their folders with pytest's."
     monkeypatch.setenv("RAPTOR_HOME", str(tmp_path/"home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.getbasetemp()))
 
 
 def ade20k(split, root, **settings): return load_dataset("ade20k", split, "segmentation", root=root, **settings)

@@ -1,5 +1,5 @@
 "CIFAR, ImageNet and folders, on files made here."
-import errno, hashlib, os, pickle, shutil, tarfile, threading, warnings
+import errno, hashlib, os, pickle, shutil, tarfile, tempfile, threading, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,9 +21,10 @@ from raptor.data.load import load_dataset
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory, monkeypatch):
-    "Where lists of unreadable files are kept."
+    "Where lists of unreadable files are kept; loader processes that fail leave their folders with pytest's."
     folder = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("RAPTOR_HOME", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.getbasetemp()))
     return folder
 
 

@@ -19,7 +19,7 @@ from .files import ImageArrays, ImageFiles, list_images
 
 SOURCES, CLASSES = {"cifar10": CIFAR10, "cifar100": CIFAR100}, {"cifar10": 10, "cifar100": 100}
 
-# %% ../../nbs/api/data/03_cifar.ipynb #c4d2b489
+# %% ../../nbs/api/data/03_cifar.ipynb #25c6810a
 def _split_positions(labels, split):
     "Ascending positions of a split: `val` is the last tenth of each class, `train` the rest, `test` everything."
     if split == "test": return np.arange(len(labels))
@@ -28,7 +28,7 @@ def _split_positions(labels, split):
     held_out[np.argsort(labels, kind="stable")] = np.concatenate(by_class)
     return np.flatnonzero(held_out == (split == "val"))
 
-# %% ../../nbs/api/data/03_cifar.ipynb #0c655777
+# %% ../../nbs/api/data/03_cifar.ipynb #663d5157
 def _read_archive(spec, folder, download):
     "torchvision's dataset with the training or test batches, which match their checksums."
     source = SOURCES[spec.kind]

@@ -135,7 +135,7 @@ class NYUv2(FileDataset):
     "Indoor photographs with depth in metres."
     transform = "colour jitter 0.2 0.2 0.2 0.1, joint padded crop 0.5-2 ratio 4/3, flip"
 
-    def __init__(self, spec:DatasetSpec, folder:Path): # `spec.size` is the unpadded frame; nyuv2
+    def __init__(self, spec:DatasetSpec, folder:Path): # nyuv2; `spec.size` is the frame before padding
         table = folder/"data"/f"nyu2_{'train' if spec.split == 'train' else 'test'}.csv"
         super().__init__(spec, folder, _read_rows(table, folder, spec.on_error == "raise"))
         self.padding = top, bottom, left, right = frame_padding(spec.size)
