@@ -141,7 +141,7 @@ def test_a_list_that_leads_out_of_its_folder_is_refused(data, tmp_path, row):
 
 
 # told before any work -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("gone,words", [("imagenet/val", "imagenet val: there is no folder"), ("ADEChallengeData2016/annotations/training", "there is no folder"), ("nyuv2/data/nyu2_test.csv", "there is no")])
+@pytest.mark.parametrize("gone,words", [("imagenet/val", "imagenet val: there are no class folders"), ("ADEChallengeData2016/annotations/training", "there is no folder"), ("nyuv2/data/nyu2_test.csv", "there is no")])
 def test_a_missing_part_is_named_before_any_work(data, tmp_path, gone, words):
     shutil.copytree(data, tmp_path/"data", symlinks=True)
     (tmp_path/"data"/gone).rename(tmp_path/"elsewhere")
