@@ -127,7 +127,7 @@ def test_images_are_normalised_for_the_model_that_sees_them(at):
 def test_unreadable_images_may_be_skipped_by_choice(at, tmp_path, monkeypatch):
     root = paper_files.make(tmp_path/"broken"); monkeypatch.setenv("RAPTOR_DATA", str(root))
     study = Study.open(changed(at))
-    first = study.dataset("test").table[0][0]; first.write_bytes(first.read_bytes()[:100])
+    first = study.dataset("test").files(0)[0]; first.write_bytes(first.read_bytes()[:100])
     with pytest.raises(RaptorError, match=str(first)): check_files(study.preset)
     values = yaml.safe_load((at/"small.yaml").read_text())
     values["data"]["on_error"] = values["probes"]["classification"]["data"]["on_error"] = "skip"; (at/"small.yaml").write_text(yaml.safe_dump(values))
@@ -143,7 +143,7 @@ def test_a_list_that_leads_out_of_its_folder_is_refused(data, tmp_path, row):
 
 
 # told before any work -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("gone,words", [("imagenet/val", "imagenet val: there is no folder"), ("ADEChallengeData2016/annotations/training", "there is no folder"), ("nyuv2/data/nyu2_test.csv", "there is no")])
+@pytest.mark.parametrize("gone,words", [("imagenet/val", "imagenet val: there are no class folders"), ("ADEChallengeData2016/annotations/training", "there is no folder"), ("nyuv2/data/nyu2_test.csv", "there is no")])
 def test_a_missing_part_is_named_before_any_work(data, tmp_path, gone, words):
     shutil.copytree(data, tmp_path/"data", symlinks=True)
     (tmp_path/"data"/gone).rename(tmp_path/"elsewhere")
