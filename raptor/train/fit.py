@@ -86,14 +86,15 @@ def load_checkpoint(
     made_for:str, # fingerprint of the current run
 ) -> dict: # the saved `meta`
     "Fill `module` and `optimizer` from a checkpoint; `RaptorError` if it is damaged or belongs to another run."
-    damaged, saved = f"the checkpoint {path} is damaged ({{}}); delete it to restart this run.", {}
+    def damaged(why): return RaptorError(f"the checkpoint {path} is damaged ({why}); delete it to restart this run.")
+    saved = {}
     try:
         with safe_open(path, "pt") as f:
             meta = json.loads(f.metadata()["raptor"])
             for key in f.keys(): saved.setdefault(key.partition("/")[2], {})[key.partition("/")[0]] = f.get_tensor(key)
         found, *_ = [meta[k] for k in ("made_for", "step", "history", "sums", "count")]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
-        raise RaptorError(damaged.format(e)) from e
+        raise damaged(e) from e
     if found != made_for:
         raise RaptorError(f"the checkpoint {path} belongs to another run ({found}, this one is {made_for}), of another "
                           "backbone, dataset, span or configuration; delete it or choose another folder.")
@@ -101,7 +102,7 @@ def load_checkpoint(
     for name, p in trained.items(): # a parameter that no loss reaches has no optimiser state
         shapes, moments = {k: v.shape for k, v in saved.get(name, {}).items()}, ("exp_avg", "exp_avg_sq")
         if shapes not in ({"param": p.shape}, {"param": p.shape, "step": (), **dict.fromkeys(moments, p.shape)}):
-            raise RaptorError(damaged.format(f"{name} and its moments are not of shape {tuple(p.shape)}"))
+            raise damaged(f"{name} and its moments are not of shape {tuple(p.shape)}")
     for name, p in trained.items():
         p.data.copy_(saved[name].pop("param"))
         optimizer.state[p] = {key: value.to(p.device) for key, value in saved[name].items()}
@@ -126,12 +127,17 @@ def make_accelerator(
 # %% ../../nbs/api/train/00_fit.ipynb #3d918f03
 class Trainer:
     "An objective and its optimiser on their device, resumed from the checkpoint in `folder` if there is one."
-    def __init__(self, objective:nn.Module, config:FitConfig, folder:str|Path|None=None, made_for=""): # as in `fit`
+    def __init__(self,
+        objective:nn.Module, # forward(batch, step) -> dict of scalars with "loss"; trained in place
+        config:FitConfig, # settings of the optimiser and the loop
+        folder:str|Path|None=None, # where the checkpoint and a tracker's files live; None for no checkpoint
+        made_for="", # what is trained on what, anything that JSON can hold; a checkpoint of anything else is refused
+    ):
         self.objective, self.config, self.folder = objective, config, folder
         self.done, self.history, self.sums, self.count = 0, [], {}, 0 # steps done, rows, sums of the row being filled
-        self.accelerator = make_accelerator(config.precision, config.log_with, folder)
-        device, world, scaler = (getattr(self.accelerator, a) for a in ("device", "num_processes", "scaler"))
-        if (size := config.batch_size) % world:
+        self.accelerator = accelerator = make_accelerator(config.precision, config.log_with, folder)
+        device, scaler = accelerator.device, accelerator.scaler
+        if (size := config.batch_size) % (world := accelerator.num_processes):
             raise RaptorError(f"a batch of {size} cannot be shared evenly by {world} processes; change batch_size.")
         optimizer = torch.optim.AdamW([p for p in objective.to(device).parameters() if p.requires_grad], lr=config.lr,
                                       weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda"))
@@ -143,7 +149,7 @@ class Trainer:
             self.done, self.history, self.count = meta["step"], meta["history"], meta["count"]
             self.sums = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in meta["sums"].items()}
             if scaler and meta.get("scaler"): scaler.load_state_dict(meta["scaler"])
-        self.wrapped, self.optimizer = self.accelerator.prepare(objective.train(), optimizer)
+        self.wrapped, self.optimizer = accelerator.prepare(objective.train(), optimizer)
 
     def step(self, batch) -> dict: # the objective's scalars
         "One optimiser step: forward, backward, clip, update."
@@ -210,10 +216,10 @@ def fit(
 ) -> pd.DataFrame: # columns step, lr and the objective's scalars (means since the previous row), and evaluations
     "Train `objective`, resuming from the checkpoint in `folder` if there is one, and return the history."
     run, steps, stopped = Trainer(objective, config, folder, made_for), config.steps, False
-    main, rank, world = (getattr(run.accelerator, a) for a in ("is_main_process", "process_index", "num_processes"))
+    accelerator, rank, world = run.accelerator, run.accelerator.process_index, run.accelerator.num_processes
     def due(every): return every and run.done % every == 0 and run.done < steps
-    bar = progress(total=steps, initial=run.done, desc=title, disable=not main)
-    with _preemption() as asked, bar, _tracking(run.accelerator, config, title):
+    bar = progress(total=steps, initial=run.done, desc=title, disable=not accelerator.is_main_process)
+    with _preemption() as asked, bar, _tracking(accelerator, config, title):
         todo = batches(run.done, rank, world) if run.done < steps else ()
         for batch in _unless_asked(todo, asked, world):
             run.step(batch)
@@ -224,11 +230,12 @@ def fit(
             bar.update()
             bar.set_postfix(run.history[-1] if run.history else {}, refresh=False)
         if run.done < steps and not (stopped := stopped or asked.is_set()):
-            raise RaptorError(f"{title}: the data ended at step {run.done} of {steps}; is a batch larger than it?")
+            raise RaptorError(f"{title}: the data ended at step {run.done} of {steps}; is the dataset smaller than one "
+                              f"batch of {config.batch_size}?")
         if evaluate and not stopped and not any("evaluated" in row for row in run.history):
             run.score(evaluate, evaluated=True)
         run.save()
-        run.accelerator.wait_for_everyone() # nobody removes the checkpoint before it is written
+        accelerator.wait_for_everyone() # nobody removes the checkpoint before it is written
     if stopped or asked.is_set(): raise SystemExit(143) # also after the last step: the next start goes on from there
     history = pd.DataFrame(run.history).drop(columns="evaluated", errors="ignore")
     return history.groupby("step", as_index=False).first()
