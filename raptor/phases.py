@@ -79,7 +79,7 @@ def as_phases(
     "Read a partition of `depth` layers and number its blocks by first appearance; `RaptorError` if its depth differs."
     labels = value.assignment if isinstance(value, Partition) else _integers(value, "partition")
     if not isinstance(value, Partition) and len(labels) != depth: labels = Phases(labels).assignment
-    if len(labels) != depth: raise RaptorError(f"{value} has {len(labels)} layers, not {depth}; close it with {depth}.")
+    if len(labels) != depth: raise RaptorError(f"{value} covers {len(labels)} layers; close it with {depth}.")
     names = list(dict.fromkeys(labels))
     partition = FragmentedPhases([names.index(label) for label in labels])
     return Phases([e for _, e in partition.spans]) if len(partition.spans) == partition.k else partition

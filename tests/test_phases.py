@@ -251,7 +251,7 @@ def test_impossible_k_is_refused_everywhere(k, min_size):
 @pytest.mark.parametrize("call, says", [
     (lambda: recursive_max_cut(np.zeros((4, 4)), 1.5), "fraction"),
     (lambda: recursive_max_cut(np.zeros((4, 4)), float("nan")), "fraction"),
-    (lambda: as_phases((2, 4), 5), "close it with 5"), (lambda: as_phases(Phases((5,)), 4), "has 5 layers, not 4"),
+    (lambda: as_phases((2, 4), 5), "close it with 5"), (lambda: as_phases(Phases((5,)), 4), "covers 5 layers"),
     (lambda: Phases((3,)).block_of(4), "1..3"), (lambda: Phases((3,)).block_of(0), "1..3"),
     (lambda: random_segmentations(5, 2, 5, 0), "there are 4"), (lambda: random_segmentations(5, 2, -1, 0), "-1 "),
     (lambda: random_fragmented((3, 0), 1, 0), "at least 1"), (lambda: random_fragmented((1, 1), 1, 0), "there are 0")])
