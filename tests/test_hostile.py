@@ -35,7 +35,8 @@ class Trained(nn.Module):
 
 
 META = dict(step=1, made_for="this", history=[], sums={}, count=0)
-def resume(path): new = Trained(); return load_checkpoint(path, new, new.optimizer, "this")
+def begin(path): run = Trained(); save_checkpoint(path, run, run.optimizer, META)
+def resume(path): run = Trained(); return load_checkpoint(path, run, run.optimizer, "this")
 
 def make_cache(folder):
     pytest.importorskip("zarr")
@@ -52,7 +53,7 @@ def read_cache(folder): return list(CachedTrajectories(folder).batches(3, labels
 LOADERS = {
     "backbone": (lambda d: Backbone.create("vit_nano_patch4_reg4_24", pretrained=False).save(d/"w.safetensors"), "w.safetensors", lambda d: Backbone.create("vit_nano_patch4_reg4_24", weights=d/"w.safetensors")),
     "head": (lambda d: save_head(probe_task("depth").make_head(Shape, None, bins=4), d/"head.safetensors", {"bins": 4}), "head.safetensors", lambda d: load_head(Shape, "depth", d/"head.safetensors")),
-    "checkpoint": (lambda d: save_checkpoint(d/"c.safetensors", (t := Trained()), t.optimizer, META), "c.safetensors", lambda d: resume(d/"c.safetensors")),
+    "checkpoint": (lambda d: begin(d/"c.safetensors"), "c.safetensors", lambda d: resume(d/"c.safetensors")),
     "block": (lambda d: save_block(d/"b.safetensors", RecurrentBlock(8, 2), (0, 2)), "b.safetensors", lambda d: load_block(d/"b.safetensors")),
     "raptor, weights": (lambda d: Raptor.create(Phases((1, 2)), 8, 2).save_pretrained(d), "model.safetensors", Raptor.from_pretrained),
     "raptor, config": (lambda d: Raptor.create(Phases((1, 2)), 8, 2).save_pretrained(d), "config.json", Raptor.from_pretrained),
@@ -155,9 +156,14 @@ def test_a_head_with_other_tensors(tmp_path, task, change):
     refused(lambda d: load_head(Shape, task, d/"h.safetensors"), tmp_path)
 
 
-@pytest.mark.parametrize("change", [lambda t: t.pop("param/linear.weight"), lambda t: t.clear(), lambda t: t.update({"param/linear.weight": torch.ones(2, 2)}), lambda t: t.update({"param/linear.weight": torch.tensor(1.)}),
-    lambda t: t.update({"param/linear.bias": torch.ones(3)}), lambda t: t.update({"exp_avg/linear.weight": torch.ones(3)}), lambda t: t.update({"exp_avg_sq/linear.bias": torch.tensor(0.)}), lambda t: t.pop("exp_avg/linear.bias"), lambda t: t.pop("step/linear.weight"),
-    lambda t: t.update({"step/linear.weight": torch.ones(2, 3)})])
+@pytest.mark.parametrize("change", [
+    lambda t: t.clear(), lambda t: t.pop("param/linear.weight"), lambda t: t.pop("exp_avg/linear.bias"),
+    lambda t: t.pop("step/linear.weight"), lambda t: t.update({"param/linear.weight": torch.ones(2, 2)}),
+    lambda t: t.update({"param/linear.weight": torch.tensor(1.)}),
+    lambda t: t.update({"param/linear.bias": torch.ones(3)}),
+    lambda t: t.update({"exp_avg/linear.weight": torch.ones(3)}),
+    lambda t: t.update({"step/linear.weight": torch.ones(2, 3)}),
+    lambda t: t.update({"exp_avg_sq/linear.bias": torch.tensor(0.)})])
 def test_a_checkpoint_with_other_tensors(tmp_path, change):
     write, file, read = LOADERS["checkpoint"]
     write(tmp_path)
@@ -166,8 +172,10 @@ def test_a_checkpoint_with_other_tensors(tmp_path, change):
     refused(read, tmp_path)
 
 
-@pytest.mark.parametrize("notes", [{}, {"raptor": "{"}, {"raptor": "[" * 10**5}, {"raptor": '{"made_for":' * 10**5}, {"raptor": [1]}, {"raptor": "null"}, {"raptor": {}}, {"raptor": {"step": 1}}, {"raptor": '{"made_for": ' + "9" * 5000 + "}"},
-    {"raptor": {**META, "made_for": "other"}}])
+@pytest.mark.parametrize("notes", [
+    {}, {"raptor": "{"}, {"raptor": "[" * 10**5}, {"raptor": '{"made_for":' * 10**5}, {"raptor": [1]},
+    {"raptor": "null"}, {"raptor": {}}, {"raptor": '{"made_for": ' + "9" * 5000 + "}"},
+    {"raptor": {**META, "made_for": "other"}}, *({"raptor": {k: META[k] for k in META if k != left_out}} for left_out in META)])
 def test_a_checkpoint_with_other_notes(tmp_path, notes):
     write, file, read = LOADERS["checkpoint"]
     write(tmp_path); noted(tmp_path/file, **notes)
