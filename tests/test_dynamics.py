@@ -8,10 +8,11 @@ from hypothesis import given, settings, strategies as st
 
 from raptor.core import RaptorError
 from raptor.analysis.dynamics import (
-    advance_with_order, ALL_TOKENS, angle, angular_basins, angular_speed, brh_epsilon, class_angles, cls_directions,
-    directional_convergence, effective_rank, Moments, patch_coherence, perturbation_decay, sample_replacements,
-    sample_swaps, stable_rank, state_norms, token_kinds, update_ranks, update_spectra
+    ALL_TOKENS, angle, angular_basins, angular_speed, brh_epsilon, class_angles, cls_directions,
+    directional_convergence, effective_rank, Moments, patch_coherence, stable_rank, state_norms, token_kinds,
+    update_ranks, update_spectra
 )
+from raptor.analysis.interventions import advance_with_order, perturbation_decay, sample_replacements, sample_swaps
 from raptor.phases import FragmentedPhases, Phases
 
 KINDS = token_kinds(3, True, 10)

@@ -20,7 +20,8 @@ from ..trajectories.live import write_cache
 from ..model.block import load_block
 from .controls import control_k
 from ..core import RaptorError, seed_everything, seed_for
-from ..analysis.dynamics import advance_with_order, brh_epsilon, token_kinds
+from ..analysis.dynamics import brh_epsilon, token_kinds
+from ..analysis.interventions import advance_with_order
 from ..train.fit import FitConfig
 from ..probes.heads import probe_task
 from ..analysis.intervals import by_group
