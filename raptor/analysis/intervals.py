@@ -57,13 +57,17 @@ def bootstrap(statistic, # statistic(*samples) -> number
     return Interval(float(of_rows(*rows)), *map(float, found.confidence_interval))
 
 # %% ../../nbs/api/analysis/02_intervals.ipynb #143c0f5e
+def _student(estimate, error, freedom):
+    "Student's interval of a number with a standard error."
+    half = stats.t.ppf(.975, freedom)*error
+    return Interval(float(estimate), float(estimate - half), float(estimate + half))
+
 def mean_interval(values, # one number a replica
 ) -> Interval: # without ends for a single one
     "Student's 95 % interval of a mean."
     values = np.asarray(values, dtype=float)
     if len(values) < 2: return Interval(float(values[0]) if len(values) else np.nan)
-    half = stats.t.ppf(.975, len(values) - 1)*(values.std(ddof=1)/len(values)**.5)
-    return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
+    return _student(values.mean(), values.std(ddof=1)/len(values)**.5, len(values) - 1)
 
 def difference_interval(a, # (n,) independent numbers
                         b, # (m,) independent numbers
@@ -72,7 +76,9 @@ def difference_interval(a, # (n,) independent numbers
     a, b = (np.asarray(v, dtype=float) for v in (a, b))
     difference = float(a.mean() - b.mean()) if len(a) and len(b) else np.nan
     if min(len(a), len(b)) < 2 or not a.var() + b.var() > 0: return Interval(difference)
-    return Interval(difference, *map(float, stats.ttest_ind(a, b, equal_var=False).confidence_interval()))
+    shares = [v.var(ddof=1)/len(v) for v in (a, b)]
+    freedom = sum(shares)**2/sum(s**2/(len(v) - 1) for s, v in zip(shares, (a, b)))
+    return _student(difference, sum(shares)**.5, freedom)
 
 def share_interval(share:float, # of n independent trials, 0..1
                    n:int, # number of trials
