@@ -33,6 +33,8 @@ def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
 def test_the_bootstrap_resamples_rows_and_the_level_is_the_share_inside():
     table = np.stack([np.arange(30.), np.arange(30.)**2], 1)
     assert bootstrap(lambda t: (t[:, 1] - t[:, 0]**2).max(), table) == Interval(0, 0, 0), "rows stay whole"
+    plain, curved = bootstrap(np.mean, table[:, 0]/10), bootstrap(lambda v: np.exp(v.mean()), table[:, 0]/10)
+    assert list(curved) == pytest.approx(np.exp(plain).tolist(), rel=1e-3), "percentiles follow a monotone function"
     widths = [i.high - i.low for i in (bootstrap(lambda t: t[:, 0].mean(), table, level=level) for level in (.5, .95))]
     error = table[:, 0].std()/30**.5
     assert widths == pytest.approx([2*.674*error, 2*1.96*error], rel=.1)
