@@ -60,15 +60,14 @@ def check_columns(frame:pd.DataFrame, # a tidy frame
                           f"and got {', '.join(map(str, found))}.")
     return frame
 
-def mean_and_spread(frame:pd.DataFrame, # one row for each replica, or one row with its own spread
+def mean_and_spread(frame:pd.DataFrame, # one row for each replica, or one row with its own std
                     by:list, # columns that say which rows belong together
                     value:str="value", # column to average; NaN: not run
-                    spread:str="std", # column with the spread of a single row, where there is one
 ) -> pd.DataFrame: # columns: by, mean, std (NaN where it is unknown), n
     "Mean and standard deviation (n - 1) over replicas; a group without a single result has mean NaN and n 0."
     grouped = frame.groupby(by, sort=False, dropna=False, observed=True)
     out = grouped[value].agg(["mean", "std", "count"]).rename(columns={"count": "n"})
-    if spread in frame: out["std"] = out["std"].where(out["n"] > 1, grouped[spread].first())
+    if "std" in frame: out["std"] = out["std"].where(out["n"] > 1, grouped["std"].first())
     return out.reset_index()
 
 # %% ../../nbs/api/figures/00_style.ipynb #2eb6583a
@@ -94,12 +93,11 @@ def group_style(name, # the group: "cls", "k=3", a layer, ...
 
 # %% ../../nbs/api/figures/00_style.ipynb #94c9adbb
 def mark_not_run(ax, # axes
-                 at=(), # positions on the x axis; none: the middle of empty axes
-                 text:str="not run"): # the mark
+                 at=()): # positions on the x axis; none: the middle of empty axes
     "Write \"not run\" where a result is missing."
     style = dict(color="0.45", fontsize=8, va="bottom", ha="center")
-    if not len(at := np.ravel(at)): ax.text(.5, .5, text, transform=ax.transAxes, **style)
-    for x in at: ax.text(x, .03, text, transform=ax.get_xaxis_transform(), rotation=90, **style)
+    if not len(at := np.ravel(at)): ax.text(.5, .5, "not run", transform=ax.transAxes, **style)
+    for x in at: ax.text(x, .03, "not run", transform=ax.get_xaxis_transform(), rotation=90, **style)
 
 def draw_legend(ax, # axes
                 **kwargs): # for `ax.legend`
@@ -111,19 +109,17 @@ def draw_legend(ax, # axes
 # %% ../../nbs/api/figures/00_style.ipynb #215e4229
 def draw_lines(
     ax, # axes
-    frame:pd.DataFrame, # columns x, value, optionally hue and spread; several rows at one position are replicas
+    frame:pd.DataFrame, # columns x, value (NaN: not run), optionally hue and std; rows at one position are replicas
     x:str, # column of positions
-    value:str="value", # column of heights; NaN: not run
     hue:str|None=None, # column that tells the lines apart; None, or not in the frame: one line
-    spread:str="std", # column with the standard deviation of single rows
     band:bool=True, # spread as a band; False: as error bars
     markers:bool=True): # a marker at every position
     "One line for each group with one standard deviation around it; groups and positions without a result are marked."
     hue = hue if hue in frame else None
-    if not frame[value].notna().any(): return mark_not_run(ax)
+    if not frame["value"].notna().any(): return mark_not_run(ax)
     names = list(frame[hue].unique()) if hue else [None]
     for i, name in enumerate(names):
-        group = mean_and_spread(frame[frame[hue] == name] if hue else frame, [x], value, spread).sort_values(x)
+        group = mean_and_spread(frame[frame[hue] == name] if hue else frame, [x]).sort_values(x)
         at, mean, std = group[x], group["mean"], group["std"]
         style = dict(group_style(name, i, names), **({} if markers else {"marker": ""}))
         style["label"] = None if name is None else str(name) + " (not run)"*(not group["n"].any())
@@ -131,7 +127,7 @@ def draw_lines(
         else: ax.plot(at, mean, **style)
         if band and std.notna().any():
             ax.fill_between(at, mean - std, mean + std, color=style["color"], alpha=.18, lw=0)
-    if missing := sorted(set(frame[x]) - set(frame[x][frame[value].notna()])):
+    if missing := sorted(set(frame[x]) - set(frame[x][frame["value"].notna()])):
         ax.update_datalim([(m, 0) for m in missing], updatey=False)
         ax.autoscale_view()
         mark_not_run(ax, missing)
@@ -146,15 +142,13 @@ def boundaries(phases, # `Phases`, `FragmentedPhases` or a tuple of ends; None: 
     return [end for _, end in as_phases(phases, depth).spans[:-1]]
 
 def draw_boundaries(ax, # axes whose x axis counts layers
-                    phases, # see `boundaries`
-                    offset:float=.5): # where between layer e and e + 1
-    "Vertical lines between the phases."
-    for end in boundaries(phases): ax.axvline(end + offset, color="0.45", lw=1, ls=(0, (2, 2)), zorder=0)
+                    phases): # see `boundaries`
+    "Vertical lines between the phases, halfway between two layers."
+    for end in boundaries(phases): ax.axvline(end + .5, color="0.45", lw=1, ls=(0, (2, 2)), zorder=0)
 
 def layer_axis(axis, # ax.xaxis or ax.yaxis
                depth:int, # number of layers
-               label:str="layer", # its label
                most:int=13): # largest number of layers with a label
     "Whole layers on an axis, all of them if there is room."
     axis.set_major_locator(mpl.ticker.MultipleLocator(max(1, int(np.ceil(depth/most)))))
-    axis.set_label_text(label)
+    axis.set_label_text("layer")
