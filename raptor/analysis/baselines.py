@@ -84,7 +84,8 @@ class SpanChain(nn.Module):
     def forward(self, state0:Tensor) -> Tensor: return self.advance(state0)
 
 def identity_chain(phases:Phases|FragmentedPhases, # gives the depth
-                   dim:int) -> SpanChain: # D, width of a token
+                   dim:int, # D, width of a token
+) -> SpanChain:
     "The baseline that leaves the state unchanged."
     return SpanChain([IdentitySpan(s, e) for s, e in phases.spans], phases, dim)
 

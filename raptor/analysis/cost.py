@@ -27,8 +27,8 @@ def counted_flops(function, # any function that computes with torch
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: function(*args)
     return counter.get_total_flops()
 
-def count_parameters(module:nn.Module) -> int: # any module
-    "Number of parameters; shared ones count once."
+def count_parameters(module:nn.Module) -> int: # shared parameters count once
+    "Number of parameters of a module."
     return sum(p.numel() for p in module.parameters())
 
 def vit_block_flops(dim:int, # D, width of a token

@@ -43,7 +43,8 @@ def bootstrap(statistic, # statistic(*samples) -> number
               paired:bool=False, # True: all samples are resampled alike, because their rows belong together
               draws:int=2000, # number of resamples
               level:float=0.95, # share of the resamples inside the interval
-              seed:int=0) -> Interval: # fixes the resamples
+              seed:int=0, # fixes the resamples
+) -> Interval:
     "Percentile bootstrap interval of a statistic; `RaptorError` for a sample of fewer than two."
     samples = [np.asarray(s) for s in samples]
     sizes = [len(s) for s in samples]
@@ -82,7 +83,8 @@ def difference_interval(a, # (n,) independent numbers
 
 def share_interval(share:float, # of n independent trials, 0..1
                    n:int, # number of trials
-                   minus:float|None=None) -> Interval: # another share of n other trials, which is subtracted
+                   minus:float|None=None, # another share of n other trials, which is subtracted
+) -> Interval:
     "Normal 95 % interval of a share, or of the difference of two, over another sample of as many trials."
     half = 1.96*sum(p*(1 - p)/n for p in (share, minus) if p is not None)**.5
     estimate = share - (minus or 0)

@@ -9,6 +9,7 @@ __all__ = ['QUANTITIES', 'plot_by_layer', 'plot_convergence', 'plot_speed', 'plo
 # %% ../../nbs/api/figures/01_curves.ipynb #4a8b7254
 import numpy as np
 import pandas as pd
+from fastcore.meta import delegates
 
 from ..core import RaptorError
 from . import style
@@ -32,38 +33,51 @@ def plot_by_layer(frame:pd.DataFrame, # columns layer, value; optionally std and
     return ax
 
 # %% ../../nbs/api/figures/01_curves.ipynb #2a5c55aa
+@delegates(plot_by_layer)
 def plot_convergence(frame:pd.DataFrame, # `directional_convergence`: layer, token_kind, value, std
-                     phases=None, hue:str="token_kind", ax=None): # as in `plot_by_layer`
+                     phases=None, # `Phases` or ends, drawn as vertical lines
+                     **kwargs):
     "Cosine of each state to the final state (the paper's S-shaped curve)."
-    return plot_by_layer(frame, r"cosine to the last state, $\gamma_l$", phases, hue, ax)
+    return plot_by_layer(frame, r"cosine to the last state, $\gamma_l$", phases, **kwargs)
 
+@delegates(plot_by_layer)
 def plot_speed(frame:pd.DataFrame, # `angular_speed`: layer, token_kind, value (radians), std
-               phases=None, hue:str="token_kind", ax=None): # as in `plot_by_layer`
+               phases=None, # `Phases` or ends, drawn as vertical lines
+               **kwargs):
     "Angle by which each layer turns a token; jumps are expected at the phase boundaries."
-    return plot_by_layer(frame, "angular speed (rad per layer)", phases, hue, ax)
+    return plot_by_layer(frame, "angular speed (rad per layer)", phases, **kwargs)
 
+@delegates(plot_by_layer)
 def plot_coherence(frame:pd.DataFrame, # `patch_coherence`: layer, token_kind, value, std
-                   phases=None, hue:str="token_kind", ax=None): # as in `plot_by_layer`
+                   phases=None, # `Phases` or ends, drawn as vertical lines
+                   **kwargs):
     "Cosine of the patches to their mean direction."
-    return plot_by_layer(frame, "cosine of patches to their mean", phases, hue, ax)
+    return plot_by_layer(frame, "cosine of patches to their mean", phases, **kwargs)
 
+@delegates(plot_by_layer)
 def plot_norms(frame:pd.DataFrame, # `state_norms` or `layer_norms`: layer, token_kind, value, std
-               phases=None, hue:str="token_kind", ax=None): # as in `plot_by_layer`
+               phases=None, # `Phases` or ends, drawn as vertical lines
+               **kwargs):
     "Euclidean norm of the tokens over depth."
-    return plot_by_layer(frame, "norm of the tokens", phases, hue, ax, ylim=(0, None))
+    return plot_by_layer(frame, "norm of the tokens", phases, ylim=(0, None), **kwargs)
 
+@delegates(plot_by_layer, but="hue")
 def plot_rank(frame:pd.DataFrame, # `update_ranks`: layer, token_kind, quantity ("stable_rank", "effective_rank"), value
-              phases=None, ax=None): # as in `plot_by_layer`
+              phases=None, # `Phases` or ends, drawn as vertical lines
+              **kwargs):
     "Stable and effective rank of the updates of each layer."
     style.check_columns(frame, "token_kind", "quantity", figure="plot_rank")
     kind = ", " + frame["token_kind"].astype(str) if frame["token_kind"].nunique() > 1 else ""
     named = frame.assign(rank=frame["quantity"].str.replace("_", " ") + kind)
-    return plot_by_layer(named, "rank of the updates", phases, "rank", ax, ylim=(0, None))
+    return plot_by_layer(named, "rank of the updates", phases, "rank", ylim=(0, None), **kwargs)
 
+@delegates(plot_by_layer)
 def plot_class_angles(frame:pd.DataFrame, # `class_angles`: layer, pair ("within", "between"), value (radians), std
-                      phases=None, hue:str="pair", ax=None): # as in `plot_by_layer`
+                      phases=None, # `Phases` or ends, drawn as vertical lines
+                      hue:str="pair", # column that tells the lines apart
+                      **kwargs):
     "Angle between cls tokens of one class and of two classes."
-    return plot_by_layer(frame, "angle between images (rad)", phases, hue, ax)
+    return plot_by_layer(frame, "angle between images (rad)", phases, hue, **kwargs)
 
 # %% ../../nbs/api/figures/01_curves.ipynb #633923ca
 QUANTITIES = {"relative": "relative error of the state", "absolute": "error of the state (Frobenius)",
