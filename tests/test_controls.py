@@ -1,8 +1,7 @@
-"""The controls: which runs there are, what they are trained with, what is measured, and how a claim is judged."""
+"""The controls: which runs there are, what they are trained with, and what is measured."""
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import yaml
@@ -14,13 +13,9 @@ from raptor.study.controls import (
     ABLATION, ablation_runs, control_k, control_runs, partition_runs, random_partitions, teacher_runs
 )
 from raptor.core import RaptorError
-from raptor.analysis.cost import count_parameters, counted_flops, peak_memory, vit_block_flops
 from raptor.study.experiments import (
     assess, cached_source, order_accuracy, own_scores, test_images as images_of, train_one_stage, train_snapshots,
     train_stage1
-)
-from raptor.analysis.intervals import (
-    bootstrap, by_group, claim_table, Interval, mean_interval, over_groups, rank_correlation, share_interval
 )
 from raptor.model.as_backbone import RaptorBackbone
 from raptor.model.raptor import Raptor
@@ -180,64 +175,3 @@ def test_the_usual_order_scores_what_the_head_scores(study, snapshots):
     found = order_accuracy(last.backbone, last.heads["classification"], labelled, [usual, swapped, usual], batch_size=9)
     top1 = own_scores(last.backbone, {"classification": last.heads["classification"]}, labelled).value.item()
     assert found[0] == found[2] == pytest.approx(top1)
-
-
-# ---- intervals
-
-def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    hits = [i.low <= 1 <= i.high for i in (bootstrap(np.mean, rng.exponential(size=60), draws=300, seed=s) for s in range(200))]
-    assert 0.88 <= np.mean(hits) <= 0.98
-
-
-def test_pairs_stay_together_and_the_seed_decides():
-    x = np.arange(30.)
-    paired = bootstrap(lambda a, b: np.mean(a - b), x, x + 2, paired=True)
-    assert paired == Interval(-2, -2, -2)
-    assert bootstrap(np.mean, x, seed=1) == bootstrap(np.mean, x, seed=1) != bootstrap(np.mean, x, seed=2)
-    with pytest.raises(RaptorError, match="equally long"): bootstrap(lambda a, b: 0, x, x[:-1], paired=True)
-
-
-def test_rank_correlation_is_that_of_the_ranks():
-    rng = np.random.default_rng(1)
-    x, y = rng.normal(size=(2, 50))
-    assert rank_correlation(x, y) == pytest.approx(pd.Series(x).rank().corr(pd.Series(y).rank()))
-    assert rank_correlation(x, np.exp(x)) == pytest.approx(1) and math.isnan(rank_correlation(x, x*0))
-
-
-@pytest.mark.parametrize("interval,null,side,word", [
-    (Interval(1, .5, 2), 0, "above", "shown"), (Interval(1, -.5, 2), 0, "above", "not shown"), (Interval(-1, -2, -.5), 0, "above", "the opposite"),
-    (Interval(-1, -2, -.5), 0, "below", "shown"), (Interval(.5, math.nan, math.nan), 0, "below", "not as claimed, no interval"), (Interval(0, math.nan, math.nan), 0, "below", "not as claimed, no interval"),
-])
-def test_the_word_follows_from_the_interval(interval, null, side, word):
-    assert claim_table({"x": (interval, null, side)}).verdict.item() == word
-
-
-def test_student_for_two_replicas_is_wide_and_many_are_normal():
-    assert mean_interval([0., 2.]).high == pytest.approx(1 + 12.7062, rel=1e-6)
-    many = np.random.default_rng(0).normal(size=1000)
-    assert mean_interval(many).high - many.mean() == pytest.approx(1.96/1000**.5, rel=.05)
-    assert share_interval(0.0, 50) == Interval(0, 0, 0)
-
-
-def test_groups_are_weighted_by_what_they_hold():
-    groups = by_group(lambda b: pd.DataFrame({"layer": [0], "value": [b.mean()], "std": [0.0], "count": [len(b)]}), [np.ones(3), np.full(1, 5.)])
-    assert over_groups(groups, ["layer"]).value.item() == 2.0
-
-
-# ---- cost
-
-def test_operations_of_the_embedded_teacher_are_those_counted_by_hand():
-    study = Study.open("digits")
-    teacher = study.teacher(trained=False)
-    state = torch.zeros(1, teacher.num_tokens, teacher.dim)
-    assert counted_flops(teacher.advance, state, 0, 12) == 12*vit_block_flops(teacher.dim, teacher.num_tokens)
-    raptor = Raptor.create(Phases((5, 9, 12)), teacher.dim, teacher.num_heads)
-    assert counted_flops(raptor, state) == raptor.flops(teacher.num_tokens)
-    assert count_parameters(torch.nn.Linear(3, 4)) == 16
-
-
-def test_peak_memory_sees_what_is_freed_again():
-    def build(): torch.zeros(20_000_000).add_(1)
-    held = peak_memory(build)
-    assert math.isnan(held) or 70e6 < held < 200e6

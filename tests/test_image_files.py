@@ -12,11 +12,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from raptor.core import RaptorError
-from raptor.data import files as image_files
+from raptor.data.load import files as image_files, load_dataset
 from raptor.data.base import DatasetSpec
 from raptor.data.cifar import SOURCES
 from raptor.data.files import FileDataset, ImageArrays, ImageFiles, read_image
-from raptor.data.load import load_dataset
 
 
 @pytest.fixture(autouse=True)

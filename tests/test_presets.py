@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from raptor.core import fingerprint, paper_root, RaptorError, read_json
-from raptor.pipeline import needs
+from raptor.pipeline.cli import needs
 from raptor.pipeline.needs import check_files, check_models, run_needs
 from raptor.probes.heads import DepthHead
 from raptor.probes.train import ProbeConfig

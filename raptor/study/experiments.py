@@ -16,7 +16,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..analysis.dynamics import advance_with_order, brh_epsilon, token_kinds
+from ..analysis.dynamics import brh_epsilon, token_kinds
+from ..analysis.interventions import advance_with_order
 from ..analysis.intervals import by_group
 from ..core import RaptorError, seed_everything, seed_for
 from ..model.block import load_block
