@@ -116,7 +116,7 @@ _most = os.sysconf("SC_IOV_MAX") # buffers of one system call
 _near = 1 << 20 # bytes that are still in the CPU's cache when they are used next
 
 def _empty(shape, dtype, pin):
-    "An uninitialised tensor. NumPy requests huge pages where torch does not: a large batch is filled several times faster."
+    "An uninitialised tensor. NumPy requests huge pages, unlike torch: a large batch is filled several times faster."
     if pin: return torch.empty(shape, dtype=dtype, pin_memory=True)
     return torch.from_numpy(np.empty(shape, f"i{dtype.itemsize}")).view(dtype)
 
@@ -196,11 +196,12 @@ def _rows(source, plan, files):
             sizes = [np.minimum(spec.num_images - p * spec.chunk_images, spec.chunk_images).sum() for p in pools]
             pool_of = np.repeat(np.arange(len(pools)), sizes) + epoch * len(pools)
         if stop <= start: continue # this process has no part of a short last batch
-        images, which = order[start:stop], pool_of[start:stop]
-        rows = [(files.get(p, i // spec.chunk_images), i % spec.chunk_images) for p, i in zip(which, images.tolist())]
+        images, which = order[start:stop], pool_of[start:stop].tolist()
+        places = (divmod(image, spec.chunk_images) for image in images.tolist())
+        rows = [(files.get(pool, chunk), row) for pool, (chunk, row) in zip(which, places)]
         if which[-1] > seen:
-            seen = which[-1]
-            for p in range(seen, min(seen + 2, (epoch + 1) * len(pools))): files.ahead(p, pools[p - epoch * len(pools)])
+            seen, base = which[-1], epoch * len(pools)
+            for pool in range(seen, min(seen + 2, base + len(pools))): files.ahead(pool, pools[pool - base])
         yield images, rows, which[0]
 
 # %% ../../nbs/api/trajectories/01_cache.ipynb #7ca88a06
@@ -213,16 +214,14 @@ class CachedTrajectories(TrajectorySource):
         readers:int=2, # threads that read
     ):
         path = Path(path)
-        if not (path/"zarr.json").exists(): raise RaptorError(f"{path} holds no trajectory cache; run write_cache first.")
+        if not (path/"zarr.json").exists(): raise RaptorError(f"{path} holds no trajectory cache; run write_cache.")
         spec, complete = CacheSpec.read(path)
         self.path, self.spec, self.readers = path, spec, readers
         if expect not in (None, spec.fingerprint):
-            raise RaptorError(f"the cache {path} holds {spec.origin} where {expect} was expected; use another folder.")
+            raise RaptorError(f"{path} holds {spec.origin} where {expect} was expected; use another folder.")
         if not complete: raise RaptorError(f"the cache {path} is unfinished; run write_cache again to complete it.")
         _check_files(path, spec)
-        self.num_images, self.depth, self.layers, self.dim = spec.num_images, spec.depth, spec.layers, spec.dim
-        self.num_tokens, self.num_prefix, self.has_cls = spec.num_tokens, spec.num_prefix, spec.has_cls
-        self.fingerprint = spec.fingerprint
+        for name in TrajectorySource.__annotations__: setattr(self, name, getattr(spec, name))
         self.pool_chunks = max(1, min(pool_chunks, 256 // spec.num_files)) # few enough open files
 
     def pools(self,

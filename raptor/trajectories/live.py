@@ -86,8 +86,8 @@ def begin_cache(
     with atomic_path(path) as t:
         group = zarr.create_group(t, zarr_format=3, attributes={"raptor": {**asdict(spec), "complete": False}})
         for name, dtype, shape, chunks in spec.arrays:
-            plain = dict(compressors=None, filters=None, fill_value=0)
-            group.create_array(name, shape=shape, chunks=chunks, dtype=dtype, **plain)
+            group.create_array(name, shape=shape, chunks=chunks, dtype=dtype,
+                               compressors=None, filters=None, fill_value=0)
 
 def write_chunk(
     path:Path, # the folder

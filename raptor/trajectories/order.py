@@ -17,7 +17,7 @@ from threading import Thread
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..core import RaptorError, seed_for
 
@@ -38,7 +38,7 @@ def epoch_order(
     "The order in which an epoch visits its images: every epoch has its own permutation."
     return np.arange(n) if seed is None else permutation(n, seed, epoch)
 
-# %% ../../nbs/api/trajectories/00_order.ipynb #92aced0f
+# %% ../../nbs/api/trajectories/00_order.ipynb #d1046a0a
 @dataclass(frozen=True)
 class BatchPlan:
     "Which positions of the epoch's order form which batch; raises `RaptorError` if no batch can be formed."
@@ -73,7 +73,7 @@ class BatchPlan:
             yield epoch, low + start, low + stop
 
 # %% ../../nbs/api/trajectories/00_order.ipynb #6cbacf09
-class _Keyed:
+class _Keyed(Dataset):
     "A dataset whose index is a list of (epoch, index): gives a collated batch, in this process or in a worker."
     def __init__(self, dataset): self.dataset = dataset
     def __getitem__(self, keys):
