@@ -53,7 +53,8 @@ def read_cache(folder): return list(CachedTrajectories(folder).batches(3, labels
 
 # name -> (write an honest one into a folder, the file that is replaced, read from the folder)
 LOADERS = {
-    "backbone": (lambda d: Backbone.create("vit_nano_patch4_reg4_24", pretrained=False).save(d/"w.safetensors"), "w.safetensors", lambda d: Backbone.create("vit_nano_patch4_reg4_24", weights=d/"w.safetensors")),
+    "backbone": (lambda d: Backbone.create("vit_nano_patch4_reg4_24", pretrained=False).save(d/"w.safetensors"),
+                 "w.safetensors", lambda d: Backbone.create("vit_nano_patch4_reg4_24", weights=d/"w.safetensors")),
     "head": (lambda d: save_head(probe_task("depth").make_head(Shape, None, bins=4), d/"head.safetensors", {"bins": 4}), "head.safetensors", lambda d: load_head(Shape, "depth", d/"head.safetensors")),
     "checkpoint": (lambda d: save_checkpoint(d/"c.safetensors", (t := Trained()), t.optimizer, META), "c.safetensors", lambda d: resume(d/"c.safetensors")),
     "block": (lambda d: save_block(d/"b.safetensors", RecurrentBlock(8, 2), (0, 2)), "b.safetensors", lambda d: load_block(d/"b.safetensors")),

@@ -18,6 +18,7 @@ from time import perf_counter
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..core import RaptorError, atomic_path, check_name, check_writable, fingerprint, progress, read_json, write_json
 from .cache import CACHE_TYPES, CachedTrajectories, CacheSpec, chunk_shape, estimate_cache_bytes
@@ -64,7 +65,8 @@ class LiveTrajectories(TrajectorySource):
         used = ({k: batch[k] for k in ("image", "target")[:1 + labels]} for batch in images)
         for batch in prefetch(used, self.device):
             states = self.compute(batch["image"], start, end).to(device=device, dtype=dtype)
-            yield (states, *prefetch([batch["target"]], states.device)) if labels else states
+            if labels: yield states, tree_map_only(Tensor, lambda t: t.to(states.device), batch["target"])
+            else: yield states
 
 # %% ../../nbs/api/trajectories/02_live.ipynb #4e2e22cc
 def begin_cache(
@@ -103,9 +105,7 @@ def write_chunk(
             f.write(np.ascontiguousarray(array))
             f.write(bytes(array[:1].nbytes * (spec.chunk_images - len(array))))
 
-def finish_cache(
-    path:Path, # the folder
-):
+def finish_cache(path:Path): # the folder
     "Mark a cache as complete."
     about = read_json(path/"zarr.json")
     about["attributes"]["raptor"]["complete"] = True
@@ -160,10 +160,11 @@ def _fill(live, spec, path, missing, batch_size):
     for folder in (*(path/f"states/c/{c}" for c in missing), path/"targets/c"):
         for left in folder.rglob(".*"): left.unlink() # by a killed run
     images, states, tokens, dim = spec.shape
-    print(f"caching {images:,} images x {states} states x {tokens} tokens x {dim} in {spec.dtype}: {size/1e9:.3g} GB")
+    shape = f"{images:,} images x {states} states x {tokens} tokens x {dim}"
+    print(f"caching {shape} in {spec.dtype}: {size/1e9:.3g} GB to write")
     ranges = [range(images)[c * spec.chunk_images:(c + 1) * spec.chunk_images] for c in missing]
     keys = ([(0, i) for i in of[k:k + batch_size]] for of in ranges for k in range(0, len(of), batch_size))
-    batches = iter(fetch_batches(live.dataset, keys, live.workers, live.device.type == "cuda"))
+    batches = fetch_batches(live.dataset, keys, live.workers, live.device.type == "cuda")
     quiet = not (sys.stderr.isatty() or "ipykernel" in sys.modules) # a progress bar would clutter a log file
     done, written = images - sum(map(len, ranges)), None
     with ThreadPoolExecutor(1) as writer, progress(total=images, initial=done, unit=" images", disable=quiet) as bar:

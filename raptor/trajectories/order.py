@@ -38,7 +38,7 @@ def epoch_order(
     "The order in which an epoch visits its images: every epoch has its own permutation."
     return np.arange(n) if seed is None else permutation(n, seed, epoch)
 
-# %% ../../nbs/api/trajectories/00_order.ipynb #d1046a0a
+# %% ../../nbs/api/trajectories/00_order.ipynb #5a2708b3
 @dataclass(frozen=True)
 class BatchPlan:
     "Which positions of the epoch's order form which batch; raises `RaptorError` if no batch can be formed."
@@ -74,7 +74,7 @@ class BatchPlan:
 
 # %% ../../nbs/api/trajectories/00_order.ipynb #6cbacf09
 class _Keyed(Dataset):
-    "A dataset whose index is a list of (epoch, index): gives a collated batch, in this process or in a worker."
+    "A dataset whose index is a list of (epoch, index): returns a collated batch, in this process or in a worker."
     def __init__(self, dataset): self.dataset = dataset
     def __getitem__(self, keys):
         if hasattr(self.dataset, "set_epoch"): self.dataset.set_epoch(keys[0][0])

@@ -38,7 +38,8 @@ def stores(request, tmp_path_factory):
     chunk, per_file = chunk_shape(images, layers + 1, tokens * dim * 2)
     spec = CacheSpec("f", "b", "d", images, layers, (0, layers), tokens, dim, 1, True, "float16", chunk, None, per_file)
     begin_cache(folder/"cache", spec)
-    for c in range(spec.num_chunks): write_chunk(folder/"cache", spec, c, values[c*chunk:(c + 1)*chunk].contiguous(), None)
+    for c in range(spec.num_chunks):
+        write_chunk(folder/"cache", spec, c, values[c*chunk:(c + 1)*chunk].contiguous(), None)
     finish_cache(folder/"cache")
     values.numpy().tofile(folder/"plain")
     values = values[:OLD_IMAGES]
