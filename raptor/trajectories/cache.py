@@ -168,8 +168,9 @@ class _Files:
     def read(self, rows, out): # `rows`: pairs of (a chunk's files, image in the chunk); `out`: (rows, states, N, D)
         pieces = out.view(torch.int16).numpy().view(np.uint8).reshape(len(rows), len(rows[0][0]), -1).swapaxes(0, 1)
         whole = pieces.shape[-1] == self.spec.row_bytes # otherwise other states lie between an image and the next
-        for _, run in groupby(range(len(rows)), lambda i: (id(rows[i][0]), rows[i][1] - i) if whole else i):
-            first, *more = run # adjacent images come in one call
+        most = min(_most, max(1, _near // self.spec.row_bytes)) # adjacent images come in one call
+        for _, run in groupby(range(len(rows)), lambda i: (id(rows[i][0]), rows[i][1] - i, i // most) if whole else i):
+            first, *more = run
             chunk, image = rows[first]
             for file, parts in zip(chunk, pieces[:, first:first + 1 + len(more)]):
                 got = os.preadv(file.fd, list(parts), image * self.spec.row_bytes + self.skip)
@@ -180,7 +181,7 @@ def _assemble(files, rows, shape, stored, dtype, pin):
     "A batch of `rows`, pairs of (a chunk's files, image in the chunk)."
     out = _empty((len(rows), *shape), dtype, pin)
     for file in {file for chunk, _ in rows for file in chunk}: file.warm.result()
-    step = max(1, min(_most, _near // (2 * math.prod(shape))))
+    step = len(rows) if dtype == stored else max(1, _near // (2 * math.prod(shape)))
     buffer = None if dtype == stored else _empty((min(step, len(rows)), *shape), stored, False)
     for part, target in ((rows[at:at + step], out[at:at + step]) for at in range(0, len(rows), step)):
         files.read(part, target if buffer is None else buffer[:len(part)])
