@@ -154,7 +154,7 @@ def test_a_missing_weight_file_is_named_before_any_work(at):
     preset = load_preset(changed(at, teacher__weights="nowhere/model.safetensors"))
     with pytest.raises(RaptorError, match="teacher: there is no file .*data.*/nowhere/model.safetensors"): check_files(preset)
     preset = load_preset(changed(at, teacher__head="https://localhost:1/head.pth"))
-    with pytest.raises(RaptorError, match="could not be fetched .* put it at .*weights/head.pth"): check_files(preset)
+    with pytest.raises(RaptorError, match="could not be downloaded .* put it at .*weights/head.pth"): check_files(preset)
 
 
 def test_every_use_of_data_is_opened(at):

@@ -145,7 +145,7 @@ class RuleSpec(TypedDict, total=False):
 class Resources(TypedDict, total=False):
     "What the study costs. Further keys (minutes, memory_gb, gpu_hours, ...) are for people to read."
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)
-    disk_gb:NotNegative
+    disk_gb:NotNegative|Whole
     threads:dict[str, Count] # by stage, table or figure
     rules:dict[Literal[(*STAGES, "items")], RuleSpec]
 
