@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from raptor.model.block import save_block
 from raptor.study.controls import (
-    ABLATION, ablation_runs, control_k, control_runs, partition_runs, random_partitions, teacher_runs
+    ABLATION, control_k, control_runs, random_partitions
 )
 from raptor.core import RaptorError
 from raptor.analysis.cost import count_parameters, counted_flops, peak_memory, vit_block_flops
@@ -28,6 +28,7 @@ from raptor.phases import FragmentedPhases, Phases
 from raptor.study.presets import block_runs, load_preset, preset_path
 from raptor.study.results import published
 from raptor.study.study import Study
+from raptor.train.stages import TrainConfig
 
 ENDS = {2: (7, 12), 3: (7, 10, 12), 4: (4, 7, 10, 12)}
 
@@ -55,7 +56,7 @@ def test_one_more_replica_changes_no_run():
 
 def test_the_ablation_has_the_papers_rows_under_the_papers_names():
     assert list(published("ablation")["row"]) == [label for row, label in ABLATION.items() if row != "long"]
-    rows = {row: what for run in ablation_runs(load_preset("digits"), ENDS) for row, what in run.params["ablation"].items()}
+    rows = {row: what for run in control_runs(load_preset("digits"), ENDS).values() for row, what in run.params.get("ablation", {}).items()}
     assert set(rows) == {"tf", "ar", "depth", "long"}, "the other rows are runs of the study"
     assert rows["tf"]["stage1"]["forcing"] == "teacher" and "forcing" not in rows["ar"]["stage1"]
     assert rows["ar"]["block"] == {"depth_scaling": False} and "block" not in rows["depth"]
@@ -76,7 +77,7 @@ def test_random_partitions_are_rivals_of_the_max_cut(contiguous, fragmented, see
 def test_k_beyond_the_depth_is_left_out_and_the_compared_k_is_always_there():
     preset = load_preset("digits")
     preset = changed(preset, controls=changed(preset.controls, ks=[1, 5, 40]))
-    assert partition_runs(preset, ENDS)[0].params["ks"] == [1, 3, 5]
+    assert control_runs(preset, ENDS)["partitions-r0"].params["ks"] == [1, 3, 5]
 
 
 def test_which_k_is_compared():
@@ -87,8 +88,10 @@ def test_which_k_is_compared():
 
 def test_a_study_without_a_teacher_of_its_own_trains_no_further_ones():
     preset = load_preset("digits")
-    assert teacher_runs(changed(preset, teacher=changed(preset.teacher, train=None)), ENDS) == []
-    assert [r.params["snapshots"][0] == 0 for r in teacher_runs(preset, ENDS)] == [True, False, False], "all rates start from one network"
+    untrained = changed(preset, teacher=changed(preset.teacher, train=None))
+    assert not any(name.startswith("teacher") for name in control_runs(untrained, ENDS))
+    snapshots = [r.params["snapshots"][0] for name, r in control_runs(preset, ENDS).items() if name.startswith("teacher")]
+    assert [first == 0 for first in snapshots] == [True, False, False], "all rates start from one network"
 
 
 def test_parameters_survive_the_command_line():
@@ -171,6 +174,32 @@ def test_what_is_measured_of_a_raptor(study, snapshots):
     assert np.isclose(table.query("measure == 'r2_mean'").value.item(), table.query("measure == 'r2'").value.mean())
     scores = own_scores(RaptorBackbone(last.backbone, raptor), last.heads, labelled)
     assert {"own_top1", "own_miou", "own_rmse"} <= set(scores.measure) and own_scores(raptor, {}, labelled).empty
+
+
+class Own(torch.nn.Module):
+    "A teacher's own layers in the place of recurrent blocks."
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.scale = backbone, torch.nn.Parameter(torch.ones(()))
+
+    def advance(self, state, start, end): return self.backbone.advance(state, start, end) * self.scale
+    def rollout(self, state, start, end): return torch.stack([state, *self.backbone.states(state, start, end)], 1)
+
+
+def test_a_block_is_validated_in_its_place(study, snapshots, monkeypatch):
+    last = snapshots[0][-1]
+    monkeypatch.setattr(Study, "teacher_heads", lambda self, backbone: last.heads)
+    config = TrainConfig(steps=4, eval_every=2)
+    source, labelled = images_of(study, None, last.backbone)
+    scores = {name: value for name, value in own_scores(last.backbone, last.heads, labelled).itertuples(index=False)}
+    own = Own(last.backbone).train()
+    assert study.validation(own, (2, 4), last.backbone, config)(2) == pytest.approx({"r2_end": 1, **scores}), "as the teacher"
+    assert not own.training
+    raptor = Raptor([study.new_block(last.backbone, j) for j in range(2)], Phases((2, 6)))
+    found, whole = study.validation(raptor, (0, 6), last.backbone, config)(2), RaptorBackbone(last.backbone, raptor)
+    expected = {name: value for name, value in own_scores(whole, last.heads, labelled).itertuples(index=False)}
+    assert found == pytest.approx({"r2_end": assess(raptor, source).query("measure == 'r2' and layer == 6").value.item(), **expected})
+    assert study.validation(raptor, (0, 6), last.backbone, TrainConfig()) is None, "unless the preset asks for it"
 
 
 def test_the_usual_order_scores_what_the_head_scores(study, snapshots):

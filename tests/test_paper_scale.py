@@ -15,7 +15,7 @@ from raptor.data.load import load_dataset
 from raptor.model.raptor import Raptor
 from raptor.pipeline.needs import check_files, costs, data_uses, profile_path, run_needs
 from raptor.study.presets import all_runs, load_preset, preset_path
-from raptor.study.study import Spliced, Study
+from raptor.study.study import Study
 from raptor.train.stages import TrainConfig
 
 
@@ -199,15 +199,6 @@ def test_the_whole_graph_in_the_papers_formats(at):
     assert set(table["row"]) == {"Teacher", "Raptor k=2"} and set(table.metric) == {"top1", "miou", "rmse"} and table["mean"].notna().all()
     history = study.load_tables("blocks/0-7-r0/history.csv").dropna(subset=["own_top1"])
     assert history.step.tolist() == [2, 4] and history.r2_end.lt(1).all(), "validated on the way: the teacher's remaining layers, its official head, R2 of the end state"
-
-
-def test_a_block_is_validated_in_its_place(at):
-    "With the teacher's own layers in the place of the block, the spliced model is the teacher."
-    study = Study.open("dinov2_reduced")
-    backbone, images = study.teacher(), study.dataset("test").get_batch(range(2))["image"]
-    own = torch.nn.Module(); own.advance = backbone.advance
-    with torch.no_grad(): torch.testing.assert_close(Spliced(backbone, own, (4, 9)).features(images), backbone.features(images))
-    assert study.validation(own, (4, 9), backbone, TrainConfig()) is None, "unless the preset asks for it"
 
 
 def test_cifar10_teacher_is_trained_on_its_one_task(at):

@@ -287,7 +287,7 @@ def test_a_study_knows_its_folder_and_how_it_was_named(tmp_path, monkeypatch):
         assert (study.origin, study.folder) == (origin, tmp_path/"runs"/study.name) and Study.open(study) is study
     assert Study.open("mine.yaml", "elsewhere").home == tmp_path/"elsewhere"
     assert Study.open("smoke", replicas=3).preset == changed(load_preset("smoke"), replicas=3)
-    with pytest.raises(RaptorError, match="replicas is 0; it must be at least 1"): Study.open("smoke", replicas=0)
+    with pytest.raises(RaptorError, match="replicas is 0; it must be greater than or equal to 1"): Study.open("smoke", replicas=0)
 
 
 def test_a_record_replaces_no_column_of_a_table(tmp_path):
