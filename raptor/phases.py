@@ -17,7 +17,7 @@ from random import Random
 import numpy as np
 import pandas as pd
 
-from .core import check_name, paper_root, RaptorError, seed_for
+from .core import RaptorError, check_name, paper_root, seed_for
 
 # %% ../nbs/api/01_phases.ipynb #f4b98cff
 class Partition:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from raptor.analysis.baselines import DMDSpan, fit_dmd, fit_linear, identity_chain, IdentitySpan, LinearSpan, SpanChain
+from raptor.analysis.baselines import DMDSpan, IdentitySpan, LinearSpan, SpanChain, fit_dmd, fit_linear, identity_chain
 from raptor.analysis.dynamics import brh_epsilon
 from raptor.core import RaptorError
 from raptor.model.as_backbone import RaptorBackbone

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 import raptor.data.digits
 from raptor.core import RaptorError
 from raptor.data.base import DatasetSpec, limited, normalise, shifted_crop
-from raptor.data.digits import digit_split, draw_scenes, INK, interpolation_matrix, render_scenes
+from raptor.data.digits import INK, digit_split, draw_scenes, interpolation_matrix, render_scenes
 from raptor.data.load import load_dataset
 
 quick = settings(max_examples=30, deadline=None)

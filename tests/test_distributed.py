@@ -13,8 +13,8 @@ from safetensors import safe_open
 
 from raptor.core import RaptorError, seed_everything, seed_for
 from raptor.model.block import RecurrentBlock
-from raptor.train.fit import fit, make_accelerator, Trainer
-from raptor.train.stages import train_span, TrainConfig
+from raptor.train.fit import Trainer, fit, make_accelerator
+from raptor.train.stages import TrainConfig, train_span
 
 CONFIG = TrainConfig(steps=24, batch_size=8, lr=1e-2, warmup=3, log_every=5, checkpoint_every=10, eval_every=8)
 

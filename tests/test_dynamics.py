@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raptor.analysis.dynamics import (
-    ALL_TOKENS, angle, angular_basins, angular_speed, brh_epsilon, check_stream, class_angles, cls_directions,
-    directional_convergence, effective_rank, Moments, patch_coherence, stable_rank, state_norms, token_kinds,
+    ALL_TOKENS, Moments, angle, angular_basins, angular_speed, brh_epsilon, check_stream, class_angles,
+    cls_directions, directional_convergence, effective_rank, patch_coherence, stable_rank, state_norms, token_kinds,
     update_ranks, update_spectra
 )
 from raptor.analysis.interventions import perturbation_decay

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raptor.teacher.backbone import Backbone
-from raptor.model.block import load_block, RecurrentBlock, save_block
+from raptor.model.block import RecurrentBlock, load_block, save_block
 from raptor.trajectories.cache import CachedTrajectories, CacheSpec
 from raptor.trajectories.live import begin_cache, finish_cache, write_chunk
 from raptor.core import RaptorError

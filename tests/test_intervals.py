@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from raptor.analysis.intervals import (
-    bootstrap, by_group, claim_table, correlation_interval, difference_interval, Interval, mean_interval,
+    Interval, bootstrap, by_group, claim_table, correlation_interval, difference_interval, mean_interval,
     over_groups, rank_correlation, share_interval
 )
 from raptor.core import RaptorError

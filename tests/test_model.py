@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from raptor.core import RaptorError
-from raptor.model.raptor import hub, Raptor, tensors
+from raptor.model.raptor import Raptor, hub, tensors
 from raptor.model.as_backbone import RaptorBackbone
 from raptor.model.block import (
-    attend, block_flops, BlockConfig, flop_matched_hidden, load_block, RecurrentBlock, save_block
+    BlockConfig, RecurrentBlock, attend, block_flops, flop_matched_hidden, load_block, save_block
 )
-from raptor.model.tensors import fill, NOTE, read_note, weights_digest, write_tensors
+from raptor.model.tensors import NOTE, fill, read_note, weights_digest, write_tensors
 from raptor.phases import FragmentedPhases, Phases
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings, strategies as st
 
 from raptor.core import RaptorError
 from raptor.phases import (
-    all_segmentations, as_phases, best_bisection, check_distance, cut_weight, FragmentedPhases, layer_distance,
-    layer_norms, max_cut, Phases, published_distance, published_segmentations, random_fragmented,
+    FragmentedPhases, Phases, all_segmentations, as_phases, best_bisection, check_distance, cut_weight,
+    layer_distance, layer_norms, max_cut, published_distance, published_segmentations, random_fragmented,
     random_segmentations, recursive_max_cut
 )
 from raptor.trajectories.order import BatchPlan, epoch_order

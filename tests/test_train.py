@@ -13,9 +13,9 @@ from raptor.core import RaptorError, seed_everything, seed_for
 from raptor.model.block import RecurrentBlock
 from raptor.model.raptor import Raptor
 from raptor.phases import Phases
-from raptor.train.fit import fit, FitConfig, learning_rate, load_checkpoint, save_checkpoint, Trainer
-from raptor.train.losses import ar_loss, StateLoss, tf_loss
-from raptor.train.stages import benchmark_step, SpanObjective, train_raptor, train_span, TrainConfig
+from raptor.train.fit import FitConfig, Trainer, fit, learning_rate, load_checkpoint, save_checkpoint
+from raptor.train.losses import StateLoss, ar_loss, tf_loss
+from raptor.train.stages import SpanObjective, TrainConfig, benchmark_step, train_raptor, train_span
 
 
 class Rotating:

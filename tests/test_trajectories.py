@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import raptor.trajectories.live as live_module
-from raptor.core import fingerprint, RaptorError
+from raptor.core import RaptorError, fingerprint
 from raptor.teacher.backbone import Backbone
 from raptor.trajectories.cache import CachedTrajectories, chunk_shape, estimate_cache_bytes
-from raptor.trajectories.live import estimate_cache, LiveTrajectories
+from raptor.trajectories.live import LiveTrajectories, estimate_cache
 from raptor.trajectories.order import BatchPlan, fetch_batches, permutation, prefetch
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core import RaptorError, seed_for
 from ..phases import Partition
-from .dynamics import angle, check_stream, Moments, moments_table, to_double, unit
+from .dynamics import Moments, angle, check_stream, moments_table, to_double, unit
 
 # %% ../../nbs/api/analysis/04_interventions.ipynb #05966e7d
 def _push(state, seed, layer, first):

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from ..core import RaptorError
 from .base import DatasetSpec
-from .files import FileDataset, read_image, SUFFIXES
+from .files import SUFFIXES, FileDataset, read_image
 
 
 # %% ../../nbs/api/data/04_dense.ipynb #0a600043

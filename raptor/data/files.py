@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from ..core import check_writable, fingerprint, home_root, progress, RaptorError, read_json, seed_for, write_json
+from ..core import RaptorError, check_writable, fingerprint, home_root, progress, read_json, seed_for, write_json
 from .base import ArrayDataset, DatasetSpec, ImageDataset, limited
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}

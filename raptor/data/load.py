@@ -9,7 +9,7 @@ __all__ = ['DATASETS', 'DatasetInfo', 'data_folder', 'load_dataset']
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import check_name, data_root, RaptorError
+from ..core import RaptorError, check_name, data_root
 
 
 # %% ../../nbs/api/data/05_load.ipynb #b938a7f3
@@ -51,7 +51,7 @@ def _open(spec, folder, download):
     if folder is None: return Digits(spec) if spec.kind == "digits" else DigitScenes(spec)
     from raptor.data.cifar import cifar
     from raptor.data.dense import ADE20K, NYUv2
-    from raptor.data.files import image_folder, ImageFiles, list_images
+    from raptor.data.files import ImageFiles, image_folder, list_images
     if spec.kind.startswith("cifar"): return cifar(spec, folder, download)
     if spec.kind == "imagenet": return ImageFiles(spec, folder, *list_images(spec, folder, spec.split))
     return {"folder": image_folder, "ade20k": ADE20K, "nyuv2": NYUv2}[spec.kind](spec, folder)

@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.patheffects import withStroke
 
 from ..core import RaptorError
-from ..phases import as_phases, Phases
+from ..phases import Phases, as_phases
 from . import style
 
 # %% ../../nbs/api/figures/02_plots.ipynb #4c92b466

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..core import atomic_path, paper_root, RaptorError
+from ..core import RaptorError, atomic_path, paper_root
 from ..phases import as_phases
 
 # %% ../../nbs/api/figures/00_style.ipynb #4fa45772

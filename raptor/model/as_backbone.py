@@ -10,7 +10,7 @@ from operator import attrgetter
 
 from torch import Tensor, nn
 
-from ..core import fingerprint, RaptorError
+from ..core import RaptorError, fingerprint
 from .block import Recurrence
 from .raptor import Raptor
 from .tensors import weights_digest

@@ -19,7 +19,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ..core import RaptorError
 from ..phases import Phases
-from .block import block_config, BlockConfig, check_count, empty_block, MAX_DEPTH, RecurrentBlock
+from .block import MAX_DEPTH, BlockConfig, RecurrentBlock, block_config, check_count, empty_block
 from .conditioning import SCALING_WIDTH
 from .raptor import Raptor
 

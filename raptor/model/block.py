@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import check_name, RaptorError
-from .conditioning import DepthScaling, SCALING_WIDTH
+from ..core import RaptorError, check_name
+from .conditioning import SCALING_WIDTH, DepthScaling
 from .tensors import fill, read_note, write_tensors
 
 # %% ../../nbs/api/model/02_block.ipynb #27e08eba

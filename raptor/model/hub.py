@@ -15,9 +15,9 @@ with warnings.catch_warnings(): # tqdm, which huggingface_hub imports, warns in 
     warnings.filterwarnings("ignore", message="IProgress not found")
     from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 
-from ..core import atomic_path, fingerprint, RaptorError, read_json, write_json
+from ..core import RaptorError, atomic_path, fingerprint, read_json, write_json
 from ..phases import FragmentedPhases, Phases
-from .block import block_config, empty_block, MAX_DEPTH
+from .block import MAX_DEPTH, block_config, empty_block
 from .tensors import fill, read_note, write_tensors
 
 # %% ../../nbs/api/model/03_hub.ipynb #6018bd6e

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core import RaptorError
 from ..phases import FragmentedPhases, Phases
-from .block import block_flops, load_block, MAX_DEPTH, pairs, Recurrence, RecurrentBlock
+from .block import MAX_DEPTH, Recurrence, RecurrentBlock, block_flops, load_block, pairs
 from .hub import HubMixin
 
 

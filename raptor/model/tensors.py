@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..core import atomic_path, RaptorError
+from ..core import RaptorError, atomic_path
 
 # %% ../../nbs/api/model/01_tensors.ipynb #92f614f3
 NOTE = "raptor" # the single key of our metadata: safetensors does not preserve the order of several

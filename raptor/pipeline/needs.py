@@ -7,9 +7,9 @@ __all__ = ['LAUNCHED', 'data_uses', 'describe_data', 'check_models', 'backbones'
            'profile_path']
 
 # %% ../../nbs/api/pipeline/00_needs.ipynb #b7ac1a8f
-from ..core import atomic_path, fingerprint, paper_root, RaptorError
+from ..core import RaptorError, atomic_path, fingerprint, paper_root
 from ..data.load import data_folder
-from ..study.presets import DataSpec, load_preset, Preset, preset_names, TeacherSpec
+from ..study.presets import DataSpec, Preset, TeacherSpec, load_preset, preset_names
 from ..study.study import Study
 
 # %% ../../nbs/api/pipeline/00_needs.ipynb #5735fd74

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..core import atomic_path, check_name, fingerprint, mixed_precision, progress, RaptorError, seed_for
+from ..core import RaptorError, atomic_path, check_name, fingerprint, mixed_precision, progress, seed_for
 
 # %% ../../nbs/api/train/00_fit.ipynb #b1f55d9b
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import check_name, RaptorError
+from ..core import RaptorError, check_name
 
 # %% ../../nbs/api/train/01_losses.ipynb #3f154eb7
 @dataclass(frozen=True)

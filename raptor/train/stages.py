@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core import RaptorError, seed_for
 from ..model.block import RecurrentBlock
-from .fit import fit, FitConfig, make_accelerator, Trainer
+from .fit import FitConfig, Trainer, fit, make_accelerator
 from .losses import StateLoss, teacher_weight
 
 # %% ../../nbs/api/train/02_stages.ipynb #0171eb0c

@@ -19,8 +19,8 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from ..core import check_name, RaptorError, read_json
-from .order import permutation, TrajectorySource
+from ..core import RaptorError, check_name, read_json
+from .order import TrajectorySource, permutation
 
 # %% ../../nbs/api/trajectories/01_cache.ipynb #8e3a4767
 CACHE_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16} # of the stored states

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from raptor.core import (
-    atomic_path, check_name, check_writable, fingerprint, progress, RaptorError, read_json, write_json
+    RaptorError, atomic_path, check_name, check_writable, fingerprint, progress, read_json, write_json
 )
 from .cache import CACHE_TYPES, CachedTrajectories, CacheSpec, chunk_shape, estimate_cache_bytes
-from .order import fetch_batches, image_batches, permutation, prefetch, TrajectorySource
+from .order import TrajectorySource, fetch_batches, image_batches, permutation, prefetch
 
 
 # %% ../../nbs/api/trajectories/02_live.ipynb #cfc2595f
