@@ -16,7 +16,6 @@ from torch.utils.data import Dataset, default_collate
 
 from ..core import fingerprint, seed_for
 
-
 # %% ../../nbs/api/data/00_base.ipynb #5b3c07dc
 @dataclass(frozen=True)
 class DatasetSpec:

@@ -20,7 +20,6 @@ from ..core import RaptorError
 from .base import DatasetSpec
 from .files import SUFFIXES, FileDataset, read_image
 
-
 # %% ../../nbs/api/data/04_dense.ipynb #0a600043
 def _read_pair(image_path, target_path, decode):
     "An image and its decoded map, which must have the same width and height."

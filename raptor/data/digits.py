@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from ..core import RaptorError
 from .base import ArrayDataset, limited, random_table
 
-
 # %% ../../nbs/api/data/01_digits.ipynb #d0e18b78
 def _read_digits():
     "Scans (1797, 8, 8) float64 in 0..16 and classes, from scikit-learn's file, because its import takes seconds."

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ..core import RaptorError, check_name, data_root
 
-
 # %% ../../nbs/api/data/05_load.ipynb #b938a7f3
 @dataclass(frozen=True)
 class DatasetInfo:

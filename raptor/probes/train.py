@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ..core import RaptorError, atomic_path, mixed_precision
 from ..train.fit import FitConfig, fit, make_accelerator
+from ..trajectories.order import BatchPlan, image_batches, prefetch
 from .heads import ProbeTask, probe_task
 from .metrics import R2Meter
-from ..trajectories.order import BatchPlan, image_batches, prefetch
 
 # %% ../../nbs/api/probes/02_train.ipynb #16a0750c
 def shuffled_batches(

@@ -12,7 +12,6 @@ from ..core import RaptorError
 from ..phases import Phases, random_fragmented, random_segmentations
 from .presets import Preset, Run, block_runs
 
-
 # %% ../../nbs/api/study/03_controls.ipynb #a649c418
 def control_k(preset:Preset, # the study
     ends:dict, # {k: ends of the phases}

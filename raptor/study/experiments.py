@@ -17,8 +17,8 @@ import pandas as pd
 import torch
 
 from ..analysis.dynamics import brh_epsilon, token_kinds
-from ..analysis.interventions import advance_with_order
 from ..analysis.intervals import by_group
+from ..analysis.interventions import advance_with_order
 from ..core import RaptorError, seed_everything, seed_for
 from ..model.block import load_block
 from ..model.raptor import Raptor
@@ -33,7 +33,6 @@ from .controls import control_k
 from .presets import block_runs
 from .settings import make_config
 from .study import Study
-
 
 # %% ../../nbs/api/study/05_experiments.ipynb #1789e1a3
 def _device(model): return next(model.parameters()).device

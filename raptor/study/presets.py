@@ -19,12 +19,25 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic.json_schema import SkipJsonSchema
 from typing_extensions import TypedDict
 
+from raptor.study.settings import (
+    STRICT,
+    CommonSettings,
+    Count,
+    FitSettings,
+    NotNegative,
+    Positive,
+    Precision,
+    ProbeSettings,
+    Task,
+    TeacherSettings,
+    TrainSettings,
+    Whole,
+    known,
+    validated,
+)
+
 from ..core import RaptorError, check_name, paper_root
 from ..phases import Phases
-from raptor.study.settings import (
-    STRICT, CommonSettings, Count, FitSettings, NotNegative, Positive, Precision, ProbeSettings, Task,
-    TeacherSettings, TrainSettings, Whole, known, validated
-)
 
 # isort: split
 

@@ -20,7 +20,6 @@ from .controls import control_runs
 from .presets import DataSpec, Preset, TeacherSpec, all_runs, load_preset, preset_path
 from .settings import Count, make_config, validated
 
-
 # %% ../../nbs/api/study/04_study.ipynb #bd3698da
 @dataclass(frozen=True)
 class Study:

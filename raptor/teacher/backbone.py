@@ -23,7 +23,8 @@ from timm.layers import resample_abs_pos_embed, to_2tuple
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
-from ..core import RaptorError, atomic_path, check_name, fingerprint as hash_of
+from ..core import RaptorError, atomic_path, check_name
+from ..core import fingerprint as hash_of
 from .embedded import model_names
 from .weights import error_clause, read_weights
 

@@ -21,11 +21,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from raptor.core import (
-    RaptorError, atomic_path, check_name, check_writable, fingerprint, progress, read_json, write_json
+    RaptorError,
+    atomic_path,
+    check_name,
+    check_writable,
+    fingerprint,
+    progress,
+    read_json,
+    write_json,
 )
+
 from .cache import CACHE_TYPES, CachedTrajectories, CacheSpec, chunk_shape, estimate_cache_bytes
 from .order import TrajectorySource, fetch_batches, image_batches, permutation, prefetch
-
 
 # %% ../../nbs/api/trajectories/02_live.ipynb #cfc2595f
 class LiveTrajectories(TrajectorySource):

@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..core import RaptorError, seed_for
 
-
 # %% ../../nbs/api/trajectories/00_order.ipynb #261a2fcd
 def permutation(
     n:int, # number of items
