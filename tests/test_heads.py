@@ -138,7 +138,7 @@ def test_a_depth_head_can_be_fitted():
     ("out_size", lambda: masked_cross_entropy(torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4).long())),
     ("label 3", lambda: masked_cross_entropy(torch.zeros(1, 3), torch.tensor([3]))),
     ("label -1", lambda: masked_cross_entropy(torch.zeros(1, 3), torch.tensor([-1]))),
-    ("shape", lambda: scale_invariant_loss(torch.ones(1, 2, 2), torch.ones(1, 4, 4)))])
+    ("out_size", lambda: scale_invariant_loss(torch.ones(1, 2, 2), torch.ones(1, 4, 4)))])
 def test_losses_refuse_what_does_not_fit(match, call):
     with pytest.raises(RaptorError, match=match): call()
 

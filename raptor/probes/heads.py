@@ -118,8 +118,8 @@ class DepthHead(nn.Module):
     ):
         super().__init__()
         if bins < 2 or not 0 <= min_depth < max_depth:
-            raise RaptorError(f"{bins} depth bins on {min_depth}..{max_depth} m: use at least 2 bins and "
-                              "0 <= min_depth < max_depth.")
+            raise RaptorError(f"cannot make {bins} depth bins on {min_depth}..{max_depth} m; "
+                              "use at least 2 bins and 0 <= min_depth < max_depth.")
         self.dim, self.num_prefix, self.grid, self.has_cls = dim, num_prefix, tuple(grid), has_cls
         self.linear = nn.Linear(2*dim, bins)
         edges = torch.linspace(min_depth, max_depth, bins + 1)
@@ -145,8 +145,7 @@ def masked_cross_entropy(
     "Cross-entropy averaged over the labels that are not `ignore`; 0 if there are none."
     check_ignore(ignore, logits.shape[1])
     if target.shape != logits.shape[:1] + logits.shape[2:]:
-        raise RaptorError(f"logits {tuple(logits.shape)} do not fit the target {tuple(target.shape)}; "
-                          "pass its size to the head as out_size.")
+        raise RaptorError(f"logits {tuple(logits.shape)} do not fit {tuple(target.shape)}; pass out_size to the head.")
     target, kept = target.long(), target != ignore
     if target.device.type == "cpu": check_labels(target[kept], logits.shape[1])
     return F.cross_entropy(logits.float(), target, ignore_index=ignore, reduction="sum") / kept.sum().clamp(min=1)
@@ -160,8 +159,7 @@ def scale_invariant_loss(
 ) -> torch.Tensor: # scalar
     "Scale-invariant loss of the log-depth error over measured pixels (Eigen et al. 2014); 0 if there are none."
     if depth.shape != target.shape:
-        raise RaptorError(f"the depth has shape {tuple(depth.shape)} and the target {tuple(target.shape)}; "
-                          "pass the size of the target to the head as out_size.")
+        raise RaptorError(f"depths {tuple(depth.shape)} do not fit {tuple(target.shape)}; pass out_size to the head.")
     valid = target > 0
     d = torch.where(valid, (depth.float() + eps).log() - (torch.where(valid, target, 1.).float() + eps).log(), 0.)
     n = valid.sum().clamp(min=1)

@@ -73,8 +73,7 @@ class ProbeConfig(FitConfig):
         "The same configuration with the number of steps of `epochs` passes over `size` items."
         per_epoch = size // self.batch_size
         if not per_epoch:
-            raise RaptorError(f"the training split has {size} items, fewer than one batch of {self.batch_size}; "
-                              "lower batch_size.")
+            raise RaptorError(f"{size} training items are fewer than one batch of {self.batch_size}; lower batch_size.")
         steps, min_lr = self.epochs * per_epoch, 0.01 * self.lr if self.min_lr is None else self.min_lr
         return replace(self, steps=steps, eval_every=per_epoch, warmup=min(self.warmup, steps // 2), min_lr=min_lr)
 
