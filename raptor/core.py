@@ -251,13 +251,13 @@ def mixed_precision(
 def _cpu_flags() -> set: # instruction-set extensions
     return set((_cpu_info().get("flags") or _cpu_info().get("features") or "").split())
 
-# %% ../nbs/api/00_core.ipynb #8cc7f238
+# %% ../nbs/api/00_core.ipynb #ac267fd8
 def document(
     obj, # a function or a class, changed in place; anything else is left alone
 ): # `obj`
     "Add the docments of a function, or of a class and its public methods, to the docstrings that `help` shows."
     if isinstance(obj, type):
-        for name, method in vars(obj).items():
+        for name, method in ((n, m) for each in obj.__mro__ for n, m in vars(each).items()):
             if name[0] != "_" and callable(method := getattr(method, "__func__", method)): _add_sections(method)
     if callable(obj): _add_sections(obj)
     return obj

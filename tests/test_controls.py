@@ -1,6 +1,5 @@
 """The controls: which runs there are, what they are trained with, what is measured, and how a claim is judged."""
 import math
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -33,10 +32,13 @@ from raptor.study.study import Study
 ENDS = {2: (7, 12), 3: (7, 10, 12), 4: (4, 7, 10, 12)}
 
 
+def changed(spec, **update): return spec.model_copy(update=update)
+
+
 # ---- the list of runs
 
 def test_a_control_differs_in_what_it_is_about_and_shares_the_seeds_of_its_replica():
-    preset = replace(load_preset("digits"), replicas=2)
+    preset = changed(load_preset("digits"), replicas=2)
     runs = control_runs(preset, ENDS)
     assert len(runs) == 2*(2 + 1 + len(preset.controls.drop_paths))
     for r in (0, 1):
@@ -47,7 +49,7 @@ def test_a_control_differs_in_what_it_is_about_and_shares_the_seeds_of_its_repli
 
 
 def test_one_more_replica_changes_no_run():
-    one, three = (control_runs(replace(load_preset("digits"), replicas=r), ENDS) for r in (1, 3))
+    one, three = (control_runs(changed(load_preset("digits"), replicas=r), ENDS) for r in (1, 3))
     assert all(three[name] == run for name, run in one.items())
 
 
@@ -64,7 +66,7 @@ def test_the_ablation_has_the_papers_rows_under_the_papers_names():
 @given(st.integers(0, 60), st.integers(0, 10), st.integers(0, 5))
 def test_random_partitions_are_rivals_of_the_max_cut(contiguous, fragmented, seed):
     preset = load_preset("digits")
-    preset = replace(preset, controls=replace(preset.controls, contiguous=contiguous, fragmented=fragmented), seeds={**preset.seeds, "phases": seed})
+    preset = changed(preset, controls=changed(preset.controls, contiguous=contiguous, fragmented=fragmented), seeds={**preset.seeds, "phases": seed})
     found = random_partitions(preset, ENDS)
     assert len(set(found["contiguous"])) == len(found["contiguous"]) == min(contiguous, math.comb(11, 2) - 1)
     assert all(p.k == 3 and p.depth == 12 and p.ends != ENDS[3] for p in found["contiguous"])
@@ -73,19 +75,19 @@ def test_random_partitions_are_rivals_of_the_max_cut(contiguous, fragmented, see
 
 def test_k_beyond_the_depth_is_left_out_and_the_compared_k_is_always_there():
     preset = load_preset("digits")
-    preset = replace(preset, controls=replace(preset.controls, ks=[1, 5, 40]))
+    preset = changed(preset, controls=changed(preset.controls, ks=[1, 5, 40]))
     assert partition_runs(preset, ENDS)[0].params["ks"] == [1, 3, 5]
 
 
 def test_which_k_is_compared():
     preset = load_preset("digits")
     assert control_k(preset, ENDS) == 3 and control_k(preset, {2: (4, 12), 4: (1, 2, 3, 12)}) == 4
-    with pytest.raises(RaptorError, match="k is 7, and the study has Raptors for k = \\[2, 3, 4\\]"): control_k(replace(preset, controls=replace(preset.controls, k=7)), ENDS)
+    with pytest.raises(RaptorError, match="k is 7, but there are Raptors only for k = \\[2, 3, 4\\]"): control_k(changed(preset, controls=changed(preset.controls, k=7)), ENDS)
 
 
 def test_a_study_without_a_teacher_of_its_own_trains_no_further_ones():
     preset = load_preset("digits")
-    assert teacher_runs(replace(preset, teacher=replace(preset.teacher, train=None)), ENDS) == []
+    assert teacher_runs(changed(preset, teacher=changed(preset.teacher, train=None)), ENDS) == []
     assert [r.params["snapshots"][0] == 0 for r in teacher_runs(preset, ENDS)] == [True, False, False], "all rates start from one network"
 
 

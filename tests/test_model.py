@@ -1,21 +1,34 @@
 """The recurrent block, the Raptor, its place as a backbone, and what its files are checked for."""
-import json, math, struct
+import json
+import math
+import struct
 from pathlib import Path
 
 import numpy as np
-import pytest, torch
-from hypothesis import given, settings, strategies as st
-from safetensors.torch import save_file
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from raptor.model.block import (
-    attend, block_flops, BlockConfig, flop_matched_hidden, load_block, RecurrentBlock, save_block, write_tensors
-)
 from raptor.core import RaptorError
+from raptor.model import hub, tensors
 from raptor.model.as_backbone import RaptorBackbone
+from raptor.model.block import (
+    BlockConfig,
+    RecurrentBlock,
+    attend,
+    block_flops,
+    flop_matched_hidden,
+    load_block,
+    save_block,
+)
 from raptor.model.raptor import Raptor
+from raptor.model.tensors import NOTE, fill, read_note, weights_digest, write_tensors
 from raptor.phases import FragmentedPhases, Phases
 
 
@@ -70,15 +83,17 @@ def test_block_equals_the_equations(mlp, depth_scaling):
 def test_attention_equals_torch_multihead(tokens, dim, heads):
     block = awake(RecurrentBlock(dim, heads).double())
     reference = nn.MultiheadAttention(dim, heads, batch_first=True).double()
-    with torch.no_grad():
-        for ours, theirs in ((block.qkv.weight, reference.in_proj_weight), (block.qkv.bias, reference.in_proj_bias), (block.proj.weight, reference.out_proj.weight), (block.proj.bias, reference.out_proj.bias)): theirs.copy_(ours)
+    reference.load_state_dict({
+        "in_proj_weight": block.qkv.weight, "in_proj_bias": block.qkv.bias,
+        "out_proj.weight": block.proj.weight, "out_proj.bias": block.proj.bias})
     x = torch.randn(3, tokens, dim, dtype=torch.float64)
     torch.testing.assert_close(block.attention(x), reference(x, x, x, need_weights=False)[0], atol=1e-12, rtol=1e-12)
 
 
 def test_bfloat16_attention_agrees_with_float32():
     q, k, v = torch.randn(3, 2, 4, 41, 16)
-    torch.testing.assert_close(attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float(), attend(q, k, v), atol=0.03, rtol=0.03)
+    low = attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
+    torch.testing.assert_close(low, attend(q, k, v), atol=0.03, rtol=0.03)
 
 
 def test_depth_may_be_a_number_or_one_for_each_state():
@@ -117,7 +132,7 @@ def test_rollouts_compose_and_teacher_forcing_is_single_steps(start, length, bat
     torch.testing.assert_close(whole[:, -1], block.advance(x, start, start + length))
     if length:
         torch.testing.assert_close(block.rollout(whole[:, 1], start + 1, start + length), whole[:, 1:])
-        torch.testing.assert_close(block.predict_next(whole, start), whole[:, 1:]) # its own trajectory is a fixed point of teacher forcing
+        torch.testing.assert_close(block.predict_next(whole, start), whole[:, 1:]) # its own trajectory is a fixed point
 
 
 @settings(max_examples=15, deadline=None)
@@ -127,11 +142,13 @@ def test_teacher_forcing_of_any_partition_equals_its_steps(labels, data):
     phases = FragmentedPhases(tuple(names[label] for label in labels))
     torch.manual_seed(0)
     raptor = Raptor([RecurrentBlock(8, 2, layer_scale=0.5).double() for _ in range(phases.k)], phases)
-    start = data.draw(st.integers(0, len(labels) - 1)); end = data.draw(st.integers(start + 1, len(labels)))
+    start = data.draw(st.integers(0, len(labels) - 1))
+    end = data.draw(st.integers(start + 1, len(labels)))
     states = torch.randn(2, end - start + 1, 3, 8, dtype=torch.float64)
     steps = [raptor.step(states[:, i], start + i + 1) for i in range(end - start)]
     torch.testing.assert_close(raptor.predict_next(states, start), torch.stack(steps, 1))
-    torch.testing.assert_close(raptor.advance(states[:, 0], start, end), raptor.rollout(states[:, 0], start, end)[:, -1])
+    last = raptor.rollout(states[:, 0], start, end)[:, -1]
+    torch.testing.assert_close(raptor.advance(states[:, 0], start, end), last)
 
 
 def test_gradient_reaches_every_weight():
@@ -142,12 +159,20 @@ def test_gradient_reaches_every_weight():
 
 
 def test_same_seed_same_weights():
-    torch.manual_seed(3); a = Raptor.create(Phases((2, 4)), 8, 2)
-    torch.manual_seed(3); b = Raptor.create(Phases((2, 4)), 8, 2)
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    a, b = ((torch.manual_seed(3), Raptor.create(Phases((2, 4)), 8, 2))[1] for _ in range(2))
+    assert weights_digest(a) == weights_digest(b)
 
 
-@pytest.mark.parametrize("mlp,hidden,layers", [("swiglu", None, 16), ("gelu", None, 12), ("swiglu", flop_matched_hidden(24), 12)])
+def test_weights_are_drawn_in_the_order_of_the_parts():
+    torch.manual_seed(3)
+    block = RecurrentBlock(8, 2)
+    torch.manual_seed(3)
+    for name, shape in (("qkv", (8, 24)), ("proj", (8, 8)), ("mlp.fc1", (8, 64)), ("mlp.fc2", (32, 8)), ("scaling.fc1", (1, 16))):
+        assert torch.equal(block.get_submodule(name).weight, nn.Linear(*shape).weight)
+
+
+@pytest.mark.parametrize("mlp,hidden,layers", [
+    ("swiglu", None, 16), ("gelu", None, 12), ("swiglu", flop_matched_hidden(24), 12)])
 def test_counts_of_weights_and_flops(mlp, hidden, layers):
     block = RecurrentBlock(24, 3, mlp, hidden, depth_scaling=False)
     assert sum(p.numel() for p in block.parameters() if p.ndim == 2) == layers*24**2
@@ -164,25 +189,29 @@ def test_flops_of_depth_scaling():
 
 def test_flops_of_a_raptor_sum_over_layers():
     raptor = Raptor([RecurrentBlock(8, 2, hidden=8), RecurrentBlock(8, 2, hidden=16)], Phases((1, 4)))
-    assert raptor.flops(5) == block_flops(BlockConfig(8, 2, hidden=8), 5) + 3*block_flops(BlockConfig(8, 2, hidden=16), 5)
+    narrow, wide = (block_flops(BlockConfig(8, 2, hidden=hidden), 5) for hidden in (8, 16))
+    assert raptor.flops(5) == narrow + 3*wide
 
 
 @pytest.mark.parametrize("arguments,sentence", [
-    (dict(dim=8, num_heads=3), "not a multiple"), (dict(dim=0, num_heads=1), "dim is '0'"), (dict(dim=8, num_heads=True), "num_heads is 'True'"),
-    (dict(dim=10**9, num_heads=1), "1..65536"), (dict(dim=8, num_heads=2, mlp="swish"), "unknown mlp"), (dict(dim=8, num_heads=2, hidden=0), "hidden is '0'"),
-    (dict(dim=8, num_heads=2, layer_scale=float("nan")), "finite"), (dict(dim=8, num_heads=2, depth_scaling=1), "true or false")])
+    (dict(num_heads=3), "not a multiple"), (dict(dim=0), "dim is '0'"), (dict(num_heads=True), "num_heads is 'True'"),
+    (dict(dim=10**9), "1..65536"), (dict(mlp="swish"), "unknown mlp"), (dict(hidden=0), "hidden is '0'"),
+    (dict(layer_scale=float("nan")), "finite"), (dict(depth_scaling=1), "true or false")])
 def test_impossible_blocks_are_refused(arguments, sentence):
-    with pytest.raises(RaptorError, match=sentence): RecurrentBlock(**arguments)
+    with pytest.raises(RaptorError, match=sentence): RecurrentBlock(**{"dim": 8, "num_heads": 2, **arguments})
 
 
 def test_impossible_raptors_are_refused():
     block = RecurrentBlock(8, 2)
-    for blocks, phases, sentence in (([block], Phases((1, 2)), "1 blocks were given for 2"), ([block, block], Phases((1, 2)), "given twice"),
-        ([block, RecurrentBlock(16, 2)], Phases((1, 2)), r"widths \[8, 16\]"), ([block], Phases((2000,)), "at most 1024")):
-        with pytest.raises(RaptorError, match=sentence): Raptor(blocks, phases)
+    for blocks, ends, sentence in (
+        ([block], (1, 2), "1 blocks were given for 2"), ([block, block], (1, 2), "given twice"),
+        ([block, RecurrentBlock(16, 2)], (1, 2), r"widths \[8, 16\]"), ([block], (2000,), "at most 1024")):
+        with pytest.raises(RaptorError, match=sentence): Raptor(blocks, Phases(ends))
     raptor = Raptor([block], Phases((3,)))
     x = torch.zeros(1, 2, 8)
-    for call in (lambda: raptor.step(x, 0), lambda: raptor.step(x, 4), lambda: raptor.rollout(x, 2, 1), lambda: raptor.rollout(x, 0, 4), lambda: raptor.predict_next(x.expand(1, 4, 2, 8), 1)):
+    for call in (
+        lambda: raptor.step(x, 0), lambda: raptor.step(x, 4), lambda: raptor.rollout(x, 2, 1),
+        lambda: raptor.rollout(x, 0, 4), lambda: raptor.predict_next(x.expand(1, 4, 2, 8), 1)):
         with pytest.raises(RaptorError, match="cannot go from state"): call()
     with pytest.raises(RaptorError, match="hold no pair"): raptor.predict_next(x[:, None])
     with pytest.raises(RaptorError, match=r"must be \(B, N, 8\)"): raptor(torch.zeros(1, 2, 9))
@@ -215,7 +244,8 @@ def test_student_answers_as_its_teacher_does(student):
     torch.testing.assert_close(student.features(images), states[:, 4] + 1)
     torch.testing.assert_close(student(images), student.forward_features(images))
     assert torch.equal(student.cls(states[:, 4]), states[:, 4, 0]) and torch.equal(student.patches(states[:, 4]), states[:, 4, 2:])
-    assert (student.depth, student.dim, student.num_prefix, student.grid, student.mean, student.num_features, student.num_prefix_tokens) == (4, 8, 2, (2, 2), (.5,)*3, 8, 2)
+    assert (student.depth, student.dim, student.num_prefix, student.grid, student.mean) == (4, 8, 2, (2, 2), (.5,)*3)
+    assert (student.num_features, student.embed_dim, student.num_prefix_tokens) == (8, 8, 2)
 
 
 def test_intermediates_follow_timm(student):
@@ -225,12 +255,21 @@ def test_intermediates_follow_timm(student):
     assert len(maps) == 2
     torch.testing.assert_close(maps[0][1, :, 1, 0], states[1, 3, 2 + 2]) # row 1, column 0 is the third patch
     torch.testing.assert_close(final, states[:, 4] + 1)
-    [(patches, prefix)] = student.forward_intermediates(images, [-1], return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True)
+    [(patches, prefix)] = student.forward_intermediates(
+        images, [-1], return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True)
     torch.testing.assert_close(torch.cat([prefix, patches], 1), states[:, 4] + 1)
-    early, _ = student.forward_intermediates(images, [0], stop_early=True)
-    torch.testing.assert_close(early, states[:, 1] + 1)
     for bad in ([4], 5, 0, [-5], []):
         with pytest.raises(RaptorError, match="indices"): student.forward_intermediates(images, bad)
+
+
+@pytest.mark.parametrize("indices", [[2, 0], [0, 2], [-2, 0, 2]])
+@pytest.mark.parametrize("early,last", [(True, 3), (False, 4)])
+def test_intermediates_are_sorted_and_the_final_state_is_the_last_unless_stopped(student, indices, early, last):
+    images = torch.randn(2, 3, 4, 4)
+    states = student.trajectory(images)
+    final, maps = student.forward_intermediates(images, indices, stop_early=early, output_fmt="NLC")
+    torch.testing.assert_close(torch.stack(maps, 1), states[:, [1, 3], 2:])
+    torch.testing.assert_close(final, states[:, last] + 1)
 
 
 def test_intermediates_agree_with_a_timm_model():
@@ -245,8 +284,11 @@ def test_intermediates_agree_with_a_timm_model():
     student = RaptorBackbone(Wrapped(), Layers([RecurrentBlock(8, 2)], Phases((3,))))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(student.forward_features(images), model.forward_features(images))
-    for arguments in (dict(indices=[0, 2]), dict(indices=2, norm=True, output_fmt="NLC"), dict(return_prefix_tokens=True), dict(indices=[0, -1], intermediates_only=True), dict(indices=[1], stop_early=True)):
-        torch.testing.assert_close(student.forward_intermediates(images, **arguments), model.forward_intermediates(images, **arguments))
+    for arguments in (
+        dict(indices=[2, 0]), dict(indices=2, norm=True, output_fmt="NLC"), dict(return_prefix_tokens=True),
+        dict(indices=[0, -1], intermediates_only=True), dict(indices=[1], stop_early=True), dict(indices=[1])):
+        ours, theirs = (m.forward_intermediates(images, **arguments) for m in (student, model))
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_fingerprint_of_a_student_follows_its_weights(student):
@@ -259,13 +301,16 @@ def test_fingerprint_of_a_student_follows_its_weights(student):
 def test_a_student_of_a_real_backbone_has_what_the_backbone_has():
     backbone = pytest.importorskip("raptor.teacher.backbone").Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
     student = RaptorBackbone(backbone, Raptor.create(Phases((2, 6)), backbone.dim, backbone.num_heads))
-    for name in ("depth", "dim", "num_heads", "num_prefix", "num_registers", "num_tokens", "has_cls", "grid", "img_size", "mean", "std"): assert getattr(student, name) == getattr(backbone, name)
+    for name in "depth dim num_heads num_prefix num_registers num_tokens has_cls grid img_size mean std".split():
+        assert getattr(student, name) == getattr(backbone, name)
     images = torch.randn(2, 3, 24, 24)
     with torch.no_grad():
-        for block in student.raptor.blocks: block.gamma1.zero_(); block.gamma2.zero_(); block.scaling.fc2.weight.zero_(); block.scaling.fc2.bias.zero_()
-        torch.testing.assert_close(student.features(images), backbone.norm(backbone.embed(images))) # blocks that do nothing
+        for block in student.raptor.blocks: # they do nothing
+            for weight in (block.gamma1, block.gamma2, *block.scaling.fc2.parameters()): weight.zero_()
+        torch.testing.assert_close(student.features(images), backbone.norm(backbone.embed(images)))
         assert torch.equal(student.trajectory(images)[:, 0], backbone.embed(images))
-    assert not any(p.requires_grad for p in student.backbone.parameters()) and all(p.requires_grad for p in student.raptor.parameters())
+    assert not any(p.requires_grad for p in student.backbone.parameters())
+    assert all(p.requires_grad for p in student.raptor.parameters())
 
 
 def test_a_student_of_another_teacher_is_refused():
@@ -282,13 +327,15 @@ def saved(tmp_path):
     return raptor, raptor.save_pretrained(tmp_path/"model", {"backbone": "teacher", "seed": 7}, {"top-1": 0.5})
 
 
-@pytest.mark.parametrize("phases,arguments", [(Phases((1, 3)), {}), (FragmentedPhases((0, 1, 0)), dict(mlp="gelu", depth_scaling=False)), (Phases((2,)), dict(hidden=flop_matched_hidden(8)))])
+@pytest.mark.parametrize("phases,arguments", [
+    (Phases((1, 3)), {}), (FragmentedPhases((0, 1, 0)), dict(mlp="gelu", depth_scaling=False)),
+    (Phases((2,)), dict(hidden=flop_matched_hidden(8)))])
 def test_saved_and_read_back_bit_for_bit(tmp_path, phases, arguments):
     raptor = awake(Raptor.create(phases, 8, 2, **arguments))
     raptor.save_pretrained(tmp_path)
     again = Raptor.from_pretrained(str(tmp_path))
     assert again.phases == phases and again.config == raptor.config
-    assert {n: p.tolist() for n, p in again.state_dict().items()} == {n: p.tolist() for n, p in raptor.state_dict().items()}
+    assert weights_digest(again) == weights_digest(raptor) == read_note(tmp_path/"model.safetensors")["digest"]
     assert all(p.requires_grad for p in again.parameters())
     again.save_pretrained(tmp_path) # over the file that it was read from
     x = torch.randn(1, 3, 8)
@@ -321,10 +368,10 @@ def test_card_says_what_is_known_and_what_is_not(saved):
 def test_an_interrupted_save_leaves_the_old_files(saved, monkeypatch):
     raptor, folder = saved
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    import raptor.model.block as module
     def breaks(tensors, path, metadata):
-        Path(path).write_bytes(b"half"); raise OSError("disk full")
-    monkeypatch.setattr(module, "save_file", breaks)
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+    monkeypatch.setattr(tensors, "save_file", breaks)
     with pytest.raises(OSError): awake(Raptor.create(Phases((3,)), 8, 2)).save_pretrained(folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
@@ -336,24 +383,32 @@ def edit_config(folder, **changes):
 
 
 BLOCK = dict(dim=8, num_heads=2, mlp="swiglu", hidden=32, layer_scale=1e-5, depth_scaling=True)
+def second(**changes): return dict(blocks=[BLOCK, {**BLOCK, **changes}])
 
 @pytest.mark.parametrize("changes,sentence", [
-    (dict(format=...), "exactly the keys"), (dict(weights="../../etc/passwd"), "exactly the keys"), (dict(format=2), "this version reads 1"), (dict(format=[0]*999), "has format"),
-    (dict(phases=[1, 3]), "'ends' or 'assignment'"), (dict(phases={}), "'ends' or 'assignment'"), (dict(phases={"ends": [1, 3], "x": 1}), "'ends' or 'assignment'"),
-    (dict(phases={"ends": [1, 10**9]}), "integers in 0..1024"), (dict(phases={"ends": list(range(1, 3000))}), "integers in"), (dict(phases={"ends": [1, 2.5]}), "integers in"),
-    (dict(phases={"ends": [3, 1]}), "increasing"), (dict(phases={"ends": [3]}), "one block for each of its 1"), (dict(phases={"assignment": [0, 2, 2]}), "every block"),
-    (dict(blocks=[BLOCK]), "one block for each"), (dict(blocks=[BLOCK, {**BLOCK, "dim": 10**9}]), "dim is '1000000000'"), (dict(blocks=[BLOCK, {**BLOCK, "hidden": 10**12}]), "hidden is"),
-    (dict(blocks=[BLOCK, {**BLOCK, "path": "../x"}]), "'path'"), (dict(blocks=[BLOCK, {k: v for k, v in BLOCK.items() if k != "mlp"}]), "'mlp'"), (dict(blocks=[BLOCK, "..."]), "sizes were expected"),
-    (dict(blocks=[BLOCK, {**BLOCK, "mlp": "../../x"}]), "unknown mlp"), (dict(blocks=[BLOCK, {**BLOCK, "mlp": ["x"]}]), "unknown mlp"), (dict(blocks=[BLOCK, {**BLOCK, "dim": "8"}]), "dim is '8'"),
-    (dict(blocks=[{**BLOCK, "dim": 65536}]*2), "where the configuration needs"), (dict(blocks=[BLOCK, {**BLOCK, "hidden": 16}]), "where the configuration needs"),
-    (dict(blocks=[BLOCK, {**BLOCK, "depth_scaling": False}]), "which the configuration does not have"), (dict(phases={"assignment": [0, 1, 0]}), "another config.json"), (dict(phases={"ends": [2, 3]}), "another config.json")])
+    (dict(format=...), "exactly the keys"), (dict(weights="../../etc/passwd"), "exactly the keys"),
+    (dict(format=2), "this version reads 1"), (dict(format=[0]*999), "has format"),
+    (dict(phases=[1, 3]), "'ends' or 'assignment'"), (dict(phases={}), "'ends' or 'assignment'"),
+    (dict(phases={"ends": [1, 3], "x": 1}), "'ends' or 'assignment'"), (dict(phases={"ends": [1, 10**9]}), "integers in 0..1024"),
+    (dict(phases={"ends": list(range(1, 3000))}), "integers in"), (dict(phases={"ends": [1, 2.5]}), "integers in"),
+    (dict(phases={"ends": [3, 1]}), "increasing"), (dict(phases={"ends": [3]}), "one block for each of its 1"),
+    (dict(phases={"assignment": [0, 2, 2]}), "every block"), (dict(blocks=[BLOCK]), "one block for each"),
+    (second(dim=10**9), "dim is '1000000000'"), (second(hidden=10**12), "hidden is"), (second(path="../x"), "'path'"),
+    (dict(blocks=[BLOCK, {k: v for k, v in BLOCK.items() if k != "mlp"}]), "'mlp'"),
+    (dict(blocks=[BLOCK, "..."]), "sizes were expected"), (second(mlp="../../x"), "unknown mlp"),
+    (second(mlp=["x"]), "unknown mlp"), (second(dim="8"), "dim is '8'"), (second(hidden=16), "where the configuration needs"),
+    (dict(blocks=[{**BLOCK, "dim": 65536}]*2), "where the configuration needs"),
+    (second(depth_scaling=False), "where the configuration needs nothing"),
+    (dict(phases={"assignment": [0, 1, 0]}), "another config.json"), (dict(phases={"ends": [2, 3]}), "another config.json")])
 def test_a_false_configuration_is_refused_in_one_sentence(saved, changes, sentence):
     edit_config(saved[1], **changes)
     with pytest.raises(RaptorError, match=sentence) as e: Raptor.from_pretrained(saved[1])
     assert "\n" not in str(e.value) and len(str(e.value)) < 600
 
 
-@pytest.mark.parametrize("content,sentence", [("{", "not valid JSON"), ("[" * 200_000, "config.json"), ("[]", "exactly the keys"), (" " * (2**20 + 1), "larger than 1 MiB"), ("\xff", "config.json")])
+@pytest.mark.parametrize("content,sentence", [
+    ("{", "not valid JSON"), ("[" * 200_000, "config.json"), ("[]", "exactly the keys"),
+    (" " * (2**20 + 1), "larger than 1 MiB"), ("\xff", "config.json")])
 def test_a_configuration_that_is_no_json_is_refused(saved, content, sentence):
     (saved[1]/"config.json").write_bytes(content.encode("latin1"))
     with pytest.raises(RaptorError, match=sentence): Raptor.from_pretrained(saved[1])
@@ -362,7 +417,8 @@ def test_a_configuration_that_is_no_json_is_refused(saved, content, sentence):
 def header(raw): return json.loads(raw[8:8 + struct.unpack("<Q", raw[:8])[0]])
 def with_header(raw, change):
     "The same file with another header."
-    values = header(raw); change(values)
+    values = header(raw)
+    change(values)
     text = json.dumps(values).encode()
     return struct.pack("<Q", len(text)) + text + raw[8 + struct.unpack("<Q", raw[:8])[0]:]
 
@@ -372,13 +428,17 @@ def lie(name, **entry):
 
 GAMMA = "blocks.0.gamma1"
 @pytest.mark.parametrize("damage,sentence", [
-    (lambda raw: raw[:-1], "cannot be read"), (lambda raw: raw[:100], "cannot be read"), (lambda raw: raw[:4], "cannot be read"), (lambda raw: b"", "cannot be read"),
-    (lambda raw: raw + b"\0", "cannot be read"), (lambda raw: struct.pack("<Q", 2**62) + raw[8:], "cannot be read"), (lambda raw: b"\x80\x02]q\0." + raw, "cannot be read"),
-    (lambda raw: with_header(raw, lie(GAMMA, shape=[10**9])), "cannot be read"), (lambda raw: with_header(raw, lie(GAMMA, shape=[2**63])), "cannot be read"),
-    (lambda raw: with_header(raw, lie(GAMMA, shape=[4, 2])), r"shape \(4, 2\), where"), (lambda raw: with_header(raw, lie(GAMMA, dtype="I32")), "as I32"),
-    (lambda raw: with_header(raw, lie(GAMMA, dtype="F64")), "cannot be read"), (lambda raw: with_header(raw, lie(GAMMA, data_offsets=[0, 2**40])), "cannot be read"),
-    (lambda raw: with_header(raw, lambda h: h.update({"blocks.9.gamma1": h.pop(GAMMA)})), "lack 'blocks.0.gamma1'"),
-    (lambda raw: with_header(raw, lambda h: h.pop("__metadata__")), "no note"), (lambda raw: with_header(raw, lambda h: h["__metadata__"].update(raptor="{")), "no note"),
+    *((lambda raw, n=n: raw[:n], "cannot be read") for n in (-1, 100, 4, 0)), (lambda raw: raw + b"\0", "cannot be read"),
+    (lambda raw: struct.pack("<Q", 2**62) + raw[8:], "cannot be read"), (lambda raw: b"\x80\x02]q\0." + raw, "cannot be read"),
+    (lambda raw: with_header(raw, lie(GAMMA, shape=[10**9])), "cannot be read"),
+    (lambda raw: with_header(raw, lie(GAMMA, shape=[2**63])), "cannot be read"),
+    (lambda raw: with_header(raw, lie(GAMMA, shape=[4, 2])), r"shape \(4, 2\) for"),
+    (lambda raw: with_header(raw, lie(GAMMA, dtype="I32")), "as I32"),
+    (lambda raw: with_header(raw, lie(GAMMA, dtype="F64")), "cannot be read"),
+    (lambda raw: with_header(raw, lie(GAMMA, data_offsets=[0, 2**40])), "cannot be read"),
+    (lambda raw: with_header(raw, lambda h: h.update({"blocks.9.gamma1": h.pop(GAMMA)})), "hold nothing for blocks.0.gamma1"),
+    (lambda raw: with_header(raw, lambda h: h.pop("__metadata__")), "no note"),
+    (lambda raw: with_header(raw, lambda h: h["__metadata__"].update(raptor="{")), "no note"),
     (lambda raw: with_header(raw, lambda h: h["__metadata__"].update(raptor="[" * 100_000)), "no note")])
 def test_damaged_weights_are_refused_in_one_sentence(saved, damage, sentence):
     path = saved[1]/"model.safetensors"
@@ -393,35 +453,81 @@ def test_a_missing_file_is_named(saved, name):
     with pytest.raises(RaptorError, match=name): Raptor.from_pretrained(saved[1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 255))
-def test_a_flipped_byte_gives_a_raptor_or_a_sentence(tmp_path_factory, position, flip):
+def test_a_flipped_byte_gives_the_same_weights_or_a_sentence(tmp_path_factory, position, flip):
     folder = tmp_path_factory.mktemp("flip")
-    Raptor.create(Phases((1,)), 4, 1, hidden=4).save_pretrained(folder)
-    path = folder/"model.safetensors"
+    raptor = Raptor.create(Phases((1,)), 4, 1, hidden=4)
+    path = raptor.save_pretrained(folder)/"model.safetensors"
     raw = bytearray(path.read_bytes())
     raw[position % len(raw)] ^= flip
     path.write_bytes(raw)
-    try: Raptor.from_pretrained(folder)
-    except RaptorError: pass
+    try: again = Raptor.from_pretrained(folder)
+    except RaptorError as e: assert "\n" not in str(e)
+    else: assert weights_digest(again) == weights_digest(raptor) and again.config == raptor.config
 
+
+def test_files_of_earlier_versions_have_no_digest(saved):
+    raptor, folder = saved
+    path = folder/"model.safetensors"
+    note = read_note(path)
+    for digest, readable in ((note.pop("digest"), True), ("0"*16, False)):
+        save_file(load_file(path), path, {NOTE: json.dumps(note if readable else {**note, "digest": digest})})
+        if readable: assert weights_digest(Raptor.from_pretrained(folder)) == weights_digest(raptor)
+        else:
+            with pytest.raises(RaptorError, match="differ from the digest"): Raptor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("change", [
+    lambda w: w.neg_(), lambda w: w.add_(1e-8), lambda w: w.copy_(w.flip(0)), lambda w: w.mul_(0)])
+def test_the_digest_follows_every_value(change):
+    torch.manual_seed(0)
+    linear = nn.Linear(2, 1)
+    before = weights_digest(linear)
+    with torch.no_grad(): change(linear.weight.view(-1))
+    assert weights_digest(linear) != before
+
+
+# --- a hub -------------------------------------------------------------------------------------------------------
 
 def test_a_repository_is_fetched_file_by_file(saved, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
     asked = []
-    def fetch(repo, name, revision=None):
-        asked.append((repo, name, revision)); return str(saved[1]/name)
+    def fetch(repo, name, **how):
+        asked.append((repo, name, how))
+        return str(saved[1]/name)
     monkeypatch.setattr(hub, "hf_hub_download", fetch)
-    assert Raptor.from_pretrained("someone/some-raptor", revision="v1").config == saved[0].config
-    assert set(asked) == {("someone/some-raptor", "config.json", "v1"), ("someone/some-raptor", "model.safetensors", "v1")}
+    assert Raptor.from_pretrained("someone/some-raptor", revision="v1", token="t").config == saved[0].config
+    how = {"revision": "v1", "token": "t"}
+    assert asked == [("someone/some-raptor", name, how) for name in ("config.json", "model.safetensors")]
 
 
-def test_a_hub_out_of_reach_is_one_sentence(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    def fetch(*_, **__): raise ConnectionError("no route\nto host")
-    monkeypatch.setattr(hub, "hf_hub_download", fetch)
-    with pytest.raises(RaptorError, match="could not be fetched") as e: Raptor.from_pretrained("someone/some-raptor")
-    assert "\n" not in str(e.value)
+def fails(*_, **__): raise ConnectionError("no route\nto host")
+
+def test_a_hub_out_of_reach_is_one_sentence(saved, monkeypatch):
+    monkeypatch.setattr(hub, "hf_hub_download", fails)
+    monkeypatch.setattr(HfApi, "create_repo", fails)
+    for call, sentence in ((lambda: Raptor.from_pretrained("some/raptor"), "could not be fetched"),
+        (lambda: saved[0].push_to_hub("some/raptor"), "could not be uploaded to some/raptor"),
+        (lambda: saved[0].push_to_hub("no/such/name"), "could not be uploaded to no/such/name")):
+        with pytest.raises(RaptorError, match=sentence) as e: call()
+        assert "\n" not in str(e.value)
+
+
+def test_a_push_uploads_what_a_save_writes(saved, monkeypatch):
+    raptor, folder = saved
+    uploads = []
+    def create(self, repo_id, **how):
+        uploads.append(how)
+        return type("Url", (), {"repo_id": f"someone/{repo_id}"})
+    def upload(self, *, repo_id, folder_path, **how):
+        uploads.append((repo_id, {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}, how))
+        return "the commit"
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    assert raptor.push_to_hub("mine", {"backbone": "teacher", "seed": 7}, {"top-1": 0.5}, private=True, branch="b") == "the commit"
+    (created, (repo, files, how)) = uploads
+    assert created["private"] and repo == "someone/mine" and how["revision"] == "b"
+    assert files == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 @pytest.mark.parametrize("where", ["/no/such/folder", "./nowhere", "../nowhere", "nowhere", "a/b/c", "tests/nowhere", "~/nowhere-at-all"])
@@ -432,13 +538,13 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_a_hub(where, monkeypatc
 
 def test_blocks_are_kept_with_their_span(tmp_path):
     blocks = [awake(RecurrentBlock(8, 2, mlp)) for mlp in ("swiglu", "gelu")]
-    paths = [save_block(tmp_path/f"{i}.safetensors", b, span, {"seed": i}) for i, (b, span) in enumerate(zip(blocks, ((0, 2), (2, 3))))]
+    paths = [save_block(tmp_path/f"{span[0]}.safetensors", b, span) for b, span in zip(blocks, ((0, 2), (2, 3)))]
     raptor = Raptor.from_blocks(reversed(paths))
     assert raptor.phases == Phases((2, 3)) and [b.config.mlp for b in raptor.blocks] == ["swiglu", "gelu"]
     x = torch.randn(1, 4, 8)
     assert torch.equal(raptor(x), blocks[1](blocks[0].advance(x, 0, 2), 3))
-    for spans in ([(0, 2)], [(0, 2), (3, 4)], [(0, 2), (1, 3)], [(1, 2)], []):
-        if spans == [(0, 2)]: assert Raptor.from_blocks([(blocks[0], spans[0])]).depth == 2; continue
+    assert Raptor.from_blocks([(blocks[0], (0, 2))]).depth == 2
+    for spans in ([(0, 2), (3, 4)], [(0, 2), (1, 3)], [(1, 2)], []):
         with pytest.raises(RaptorError, match="do not close up"): Raptor.from_blocks(list(zip(blocks, spans)))
 
 
@@ -455,3 +561,9 @@ def test_a_foreign_file_is_no_block(tmp_path):
     raptor = Raptor.create(Phases((1,)), 8, 2)
     raptor.save_pretrained(tmp_path)
     with pytest.raises(RaptorError, match="not those of one block"): load_block(tmp_path/"model.safetensors")
+
+
+def test_weights_of_another_shape_are_not_filled_in(tmp_path):
+    path = write_tensors(tmp_path/"w.safetensors", nn.Linear(2, 3), {})
+    with pytest.raises(RaptorError, match=r"hold shape \(3,\) for bias, where the configuration needs shape \(4,\)"):
+        fill(nn.Linear(2, 4), path)

@@ -2,7 +2,6 @@
 import json, os, re, shutil, signal, subprocess, sys, time
 
 import pandas as pd
-import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -16,17 +15,20 @@ from raptor.study.presets import all_runs, load_preset, preset_path
 def start(*argv, home, **kwargs):
     env = {**os.environ, "RAPTOR_HOME": str(home), "OMP_NUM_THREADS": "1"}
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # tests that a script starts in the background have it ignored, and hand that on
-    return subprocess.Popen([sys.executable, "-m", "raptor.pipeline.cli", *map(str, argv)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard, **kwargs)
+    return subprocess.Popen([sys.executable, "-m", "raptor", *map(str, argv)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard, **kwargs)
 
 
-def raptor(*argv, home, timeout=110):
+PATIENCE = 600 # seconds: a limit for what hangs, not for what is slow on a busy machine
+
+
+def raptor(*argv, home, timeout=PATIENCE):
     process = start(*argv, home=home)
     try: out, err = process.communicate(timeout=timeout)
     finally: process.kill()
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
-def until(holds, seconds=60):
+def until(holds, seconds=PATIENCE):
     end = time.time() + seconds
     while not (value := holds()): assert time.time() < end; time.sleep(0.05)
     return value
@@ -132,13 +134,14 @@ def test_a_missing_step_says_which_notebook_to_run(tmp_path):
     assert "run the notebook train_teacher first" in sentence(raptor("run", "find_phases", "--preset", "smoke", home=tmp_path))
 
 
-def test_a_run_that_is_stopped_before_it_trains_says_so(tmp_path):
-    "SIGTERM while the kernel has nothing yet to save: it just goes."
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_before_it_trains_says_so(tmp_path, number):
+    "While it loads its libraries there is nothing to save; a training saves its checkpoint (test_paper_scale.py)."
     process = start("run", "train_teacher", "--preset", "smoke", home=tmp_path)
-    until(lambda: any("ipykernel" in word for child in psutil.Process(process.pid).children() for word in child.as_dict(["cmdline"])["cmdline"] or ()))
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert err == "raptor: train_teacher was asked to stop; start it again and it goes on\n" and process.returncode == 1
+    assert "train_teacher ..." in process.stdout.readline()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert re.search("asked to stop.*(goes|go) on", err) and "Traceback" not in out + err and process.returncode in (1, 143), err
 
 
 def test_ctrl_c_before_anything_runs_is_one_sentence(tmp_path):
@@ -146,7 +149,7 @@ def test_ctrl_c_before_anything_runs_is_one_sentence(tmp_path):
     process = start("reproduce", "--preset", tiny(tmp_path), home=tmp_path/"home", start_new_session=True)
     until(lambda: (tmp_path/"home"/"tiny"/"study.yaml").exists())
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert "Traceback" not in out + err and re.fullmatch("raptor: .* start the same command again to go on.", err.splitlines()[-1]) and process.returncode != 0, err
 
 
@@ -170,7 +173,7 @@ def test_a_checkpoint_goes_when_the_first_process_has_its_executed_copy(tmp_path
     def run_notebook(name, parameters, output):
         assert checkpoint.exists()
         if fails: raise RaptorError("train_block failed")
-    for name, stand_in in (("run_notebook", run_notebook), ("leave_with_parent", lambda: None)): monkeypatch.setattr(pipeline, name, stand_in)
+    for name, stand_in in (("run_notebook", run_notebook), ("end_with_parent", lambda: None), ("stop_on_signals", lambda: None)): monkeypatch.setattr(pipeline, name, stand_in)
     for name, value in (("RANK", rank), ("RAPTOR_HOME", str(tmp_path)), ("RAPTOR_PROGRESS", "0"), ("OMP_NUM_THREADS", "1"), ("OMP_WAIT_POLICY", "passive")): monkeypatch.setenv(name, value)
     checkpoint.parent.mkdir(parents=True); checkpoint.touch(); (checkpoint.parent/"block.safetensors").touch()
     try: pipeline.run_command("train_block", preset="smoke", param=["start=0", "end=3"])
@@ -206,7 +209,7 @@ def test_killed_or_interrupted_it_goes_on(tmp_path):
     until(lambda: checkpoint.stat().st_mtime_ns != seen or second.poll() is not None)
     assert second.poll() is None and not left.exists()
     os.killpg(second.pid, signal.SIGINT)
-    said = "".join(second.communicate(timeout=60))
+    said = "".join(second.communicate(timeout=PATIENCE))
     assert second.returncode != 0 and "start the same command again" in said and "Traceback" not in said, said
     nobody_writes(checkpoint)
     assert raptor(*command, home=home).returncode == 0
@@ -223,7 +226,7 @@ def studies(tmp_path_factory):
     preset = tiny(folder)
     running = [start("reproduce", "--preset", preset, home=folder/home) for home in ("one", "two")]
     try:
-        for process in running: assert process.wait(110) == 0, process.stderr.read()
+        for process in running: assert process.wait(PATIENCE) == 0, process.stderr.read()
     finally:
         for process in running: process.kill(); process.communicate()
     return folder/"one"/"tiny", folder/"two"/"tiny", preset
@@ -274,7 +277,7 @@ def test_dry_run_changes_nothing(tmp_path):
 def test_every_item_has_a_notebook_and_every_notebook_a_rule():
     names = {p.stem for p in paper_root().glob("*.ipynb")}
     snakefile = (paper_root()/"Snakefile").read_text()
-    from raptor.pipeline.cli import MAIN_ITEMS
+    from raptor.pipeline.runs import MAIN_ITEMS
     from raptor.study.presets import STAGES
     assert set(MAIN_ITEMS) | set(STAGES) | {"summary"} <= names
     assert all(f"rule {s}:" in snakefile or f"checkpoint {s}:" in snakefile for s in STAGES)

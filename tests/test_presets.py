@@ -1,21 +1,26 @@
 """Presets are data: strict to read, and the list of runs follows from them."""
-import inspect, subprocess, sys
-from dataclasses import fields, replace
+import inspect
+import subprocess
+import sys
+from dataclasses import MISSING, fields
 
+import pandas as pd
 import pytest
 import yaml
 
+from raptor.core import fingerprint, paper_root, RaptorError, read_json
 from raptor.pipeline import needs
-from raptor.core import RaptorError
-from raptor.train.fit import FitConfig
+from raptor.pipeline.needs import check_files, check_models, run_needs
 from raptor.probes.heads import DepthHead
-from raptor.pipeline.needs import check_files, check_models, check_settings, run_needs
-from raptor.study.presets import (
-    all_runs, block_runs, FIT_SETTINGS, HEAD_SETTINGS, load_preset, preset_names, preset_path, probe_runs,
-    PROBE_SETTINGS, raptor_runs, SEEDS, STAGES, study_ends, TRAIN_SETTINGS
-)
 from raptor.probes.train import ProbeConfig
+from raptor.study.controls import control_runs
+from raptor.study.presets import (
+    all_runs, block_runs, HeadSettings, load_preset, preset_names, preset_path, preset_schema, probe_runs,
+    raptor_runs, SEEDS, STAGES
+)
+from raptor.study.settings import FitSettings, ProbeSettings, TrainSettings, validated
 from raptor.study.study import Study
+from raptor.train.fit import FitConfig
 from raptor.train.stages import TrainConfig
 
 PAPER = {2: (7, 12), 3: (7, 10, 12), 4: (4, 7, 10, 12)}
@@ -29,28 +34,60 @@ def write(tmp_path, change):
     return path
 
 
+def changed(spec, **update): return spec.model_copy(update=update)
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_that_ships_is_whole(name):
-    "Its training settings are real settings too, although they are only read when a notebook needs them."
+    "Its training settings are also accepted by the classes that they are meant for."
     preset = load_preset(name)
-    study = Study(replace(preset, phases=replace(preset.phases, ends=preset.phases.ends or {k: [*range(1, k), 12] for k in preset.phases.ks})))
+    ends = preset.phases.ends or {k: [*range(1, k), 12] for k in preset.phases.ks}
+    study = Study.open(changed(preset, phases=changed(preset.phases, ends=ends)))
     assert study.stage1_config((0, 1), 5).seed == 5 and study.stage2_config(6).seed == 6
     assert study.stage2_config(0).forcing == "free", "stage 2 is autoregression alone"
     for task in preset.probes: assert study.probe_config(task, 7).seed == 7
     if preset.teacher.train: study.teacher_config()
-    check_models(preset); check_settings(preset)
+    check_models(preset)
 
 
-def test_the_names_of_settings_are_those_of_the_classes():
-    "They are kept as data, since the classes need torch."
-    for cls, names, left_out in ((FitConfig, FIT_SETTINGS, ()), (TrainConfig, TRAIN_SETTINGS, ()), (ProbeConfig, PROBE_SETTINGS, ("steps", "eval_every"))):
-        assert set(names) == {f.name for f in fields(cls)} - {"seed", *left_out} and len(set(names)) == len(names)
-    assert set(HEAD_SETTINGS["depth"]) == set(inspect.signature(DepthHead).parameters) - {"dim", "num_prefix", "grid", "has_cls"}
+@pytest.mark.parametrize("cls,kind,left_out", [(FitConfig, FitSettings, {"seed"}), (TrainConfig, TrainSettings, {"seed"}),
+                                               (ProbeConfig, ProbeSettings, {"seed", "steps", "eval_every"})])
+def test_the_settings_are_those_of_the_classes(cls, kind, left_out):
+    "They are repeated as data, since the classes need torch; every default is in range."
+    values = {f.name: f.default for f in fields(cls) if f.name not in left_out}
+    known = set().union(*(k.__annotations__ for k in (kind, *kind.__orig_bases__, *kind.__orig_bases__[0].__orig_bases__)
+                          if hasattr(k, "__annotations__")))
+    assert set(values) == {name for name in known if not name.startswith("_")} and MISSING not in values.values()
+    validated(kind, {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}, "defaults")
 
 
-def test_presets_are_read_without_torch():
-    code = "import sys; from raptor.study.presets import *; import raptor.pipeline.needs; [load_preset(n) for n in preset_names()]; sys.exit('torch' in sys.modules)"
+def test_the_settings_of_a_head_are_those_of_the_depth_head():
+    left_out = {"dim", "num_prefix", "grid", "has_cls"}
+    assert set(HeadSettings.__annotations__) == set(inspect.signature(DepthHead).parameters) - left_out
+
+
+def test_presets_and_studies_are_opened_without_torch():
+    code = ("import sys, raptor.pipeline.needs; from raptor.study.presets import *; from raptor.study.study import Study; "
+            "[Study.open(n).known_ends for n in preset_names()]; sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_schema_that_ships_is_that_of_the_models():
+    "Otherwise: raptor presets --schema > nbs/paper/presets/preset.schema.json"
+    assert read_json(paper_root()/"presets"/"preset.schema.json") == preset_schema()
+    for name in preset_names():
+        assert preset_path(name).read_text().startswith("# yaml-language-server: $schema=preset.schema.json\n")
+
+
+def test_equal_presets_have_equal_fingerprints(tmp_path):
+    "However they are spelled: whole floats, defaults, the order of keys."
+    one = load_preset(write(tmp_path, lambda v: None))
+    other = load_preset(write(tmp_path, lambda v: (v["block"].update(mlp="swiglu"), v["stage1"].update(min_lr=1e-6),
+                                                   v["teacher"]["train"].update(weight_decay=v["teacher"]["train"].pop("weight_decay")))))
+    assert one == other and fingerprint(one.model_dump()) == fingerprint(other.model_dump())
+    assert fingerprint(changed(one, replicas=2).model_dump()) != fingerprint(one.model_dump())
+    skipping = changed(one, data=changed(one.data, on_error="skip"))
+    assert str(skipping) == str(one), "what happens to an unreadable image changes no result"
 
 
 @pytest.mark.parametrize("change,sentence", [
@@ -59,60 +96,66 @@ def test_presets_are_read_without_torch():
     (lambda v: v["probes"]["depth"].update(sead=1), "probes: depth: unknown key 'sead'"),
     (lambda v: v["probes"]["depth"]["data"].pop("name"), "probes: depth: data: missing key 'name'"),
     (lambda v: v.pop("stage2"), "missing key 'stage2'"),
-    (lambda v: v.update(replicas="two"), "replicas is 'two'; it must be int"),
-    (lambda v: v.update(replicas=True), "replicas is True; it must be int"),
-    (lambda v: v.update(replicas=0), "replicas is 0; it must be at least 1"),
+    (lambda v: v.update(replicas="two"), "replicas is 'two'; it must be a valid integer"),
+    (lambda v: v.update(replicas=True), "replicas is True; it must be a valid integer"),
+    (lambda v: v.update(replicas=0), "replicas is 0; it must be greater than or equal to 1"),
     (lambda v: v["activations"].update(source="disk"), "activations: source: unknown value 'disk'; known: cached, live"),
     (lambda v: v["block"].update(mlp="swiglue"), "block: mlp: unknown value 'swiglue'; did you mean 'swiglu'"),
-    (lambda v: v["data"].update(limit=0), "data: limit is 0; it must be at least 1"),
-    (lambda v: v["data"].update(size=[24, "24"]), r"data: size\[1\] is '24'; it must be int"),
+    (lambda v: v["data"].update(limit=0), "data: limit is 0; it must be greater than or equal to 1"),
+    (lambda v: v["data"].update(size=[24, "24"]), r"data: size\[1\] is '24'; it must be a valid integer"),
     # settings of trainings
     (lambda v: v["stage1"].update(seed=3), "stage1: unknown key 'seed'"),
     (lambda v: v["stage2"].update(step=5), "stage2: unknown key 'step'; did you mean 'steps'"),
     (lambda v: v["last_block"].update(los="mse"), "last_block: unknown key 'los'; did you mean 'loss'"),
     (lambda v: v["teacher"]["train"].update(stps=4), "teacher: train: unknown key 'stps'; did you mean 'steps'"),
     (lambda v: v["teacher"]["train"].update(forcing="free"), "teacher: train: unknown key 'forcing'"),
-    (lambda v: v["teacher"]["train"]["loss_weights"].update(dept=1.0), "loss_weights: unknown task 'dept'; did you mean 'depth'"),
-    (lambda v: v["teacher"]["train"].update(loss_weights={"depth": "much"}), "loss_weights: depth is 'much'; it must be float"),
+    (lambda v: v["teacher"]["train"]["loss_weights"].update(dept=1.0), "loss_weights: unknown key 'dept'; did you mean 'depth'"),
+    (lambda v: v["teacher"]["train"].update(loss_weights={"depth": "much"}), "loss_weights: depth is 'much'; it must be a valid number"),
     (lambda v: v["controls"].update(train={"stepz": 1}), "controls: train: unknown key 'stepz'"),
     (lambda v: v["controls"].update(teacher={"loss_weights": {}}), "controls: teacher: unknown key 'loss_weights'"),
-    (lambda v: v["controls"].update(ks=[1, 0]), r"controls: ks is \[1, 0\]; each must be at least 1"),
-    (lambda v: v["controls"].update(k=4), r"controls: k is 4, and the study has Raptors for k = \[2\] alone"),
-    (lambda v: v["controls"].update(drop_paths=["none"]), r"controls: drop_paths\[0\] is 'none'; it must be float"),
-    (lambda v: v.update(stage2=[5]), r"stage2 is \[5\]; it must be dict"),
+    (lambda v: v["controls"].update(ks=[1, 0]), r"controls: ks\[1\] is 0; it must be greater than or equal to 1"),
+    (lambda v: v["controls"].update(k=4), r"controls: k is 4, but there are Raptors only for k = \[2\]"),
+    (lambda v: v["controls"].update(drop_paths=["none"]), r"controls: drop_paths\[0\] is 'none'; it must be a valid number"),
+    (lambda v: v.update(stage2=[5]), r"stage2 must hold keys and values, not \[5\]"),
+    (lambda v: v["stage1"].update(lr="1e-3"), "stage1: lr is '1e-3'; it must be a valid number"),
+    (lambda v: v["stage2"].update(forcing="fre"), "stage2: forcing: unknown value 'fre'; did you mean 'free'"),
+    (lambda v: v["last_block"].update(token_weights=[1, 2]), "last_block: token_weights is .*; it must have at least 3"),
+    (lambda v: v["teacher"]["train"].update(steps=0), "teacher: train: steps is 0; it must be greater than or"),
+    (lambda v: v["controls"].update(teacher={"schedule": "linear"}), "teacher: schedule: unknown value 'linear'"),
+    (lambda v: v["probes"]["depth"]["train"].update(precision="bf61"), "precision: unknown value 'bf61'; did you mean 'bf16'"),
     # probes and other models
-    (lambda v: v.update(probes={"detph": v["probes"]["depth"]}), "probes: unknown task 'detph'; did you mean 'depth'"),
+    (lambda v: v.update(probes={"detph": v["probes"]["depth"]}), "probes: unknown key 'detph'; did you mean 'depth'"),
     (lambda v: v.update(probes={}), "give at least one"),
     (lambda v: v["probes"]["depth"]["train"].update(epoch=1), "probes: depth: train: unknown key 'epoch'; did you mean 'epochs'"),
     (lambda v: v["probes"]["depth"]["train"].update(steps=1), "probes: depth: train: unknown key 'steps'"),
     (lambda v: v["probes"]["depth"]["head"].update(bin=8), "probes: depth: head: unknown key 'bin'; did you mean 'bins'"),
     (lambda v: v["probes"]["segmentation"].update(head={"bins": 8}), "probes: segmentation: head: unknown key 'bins'"),
     (lambda v: v.update(extra_models={"small": {"nam": "x"}}), "extra_models: small: unknown key 'nam'; did you mean 'name'"),
-    (lambda v: v.update(extra_models={1: {"name": "x"}}), "extra_models: a name is 1; it must be str"),
+    (lambda v: v.update(extra_models={1: {"name": "x"}}), "extra_models: a key is 1; it must be a valid string"),
     # phases
     (lambda v: v.update(phases=[2]), "phases must hold keys and values"),
-    (lambda v: v["phases"].update(ks=["a"]), r"phases: ks\[0\] is 'a'; it must be int"),
-    (lambda v: v["phases"].update(ks=[2, 0]), r"phases: ks is \[2, 0\]; each must be at least 1"),
+    (lambda v: v["phases"].update(ks=["a"]), r"phases: ks\[0\] is 'a'; it must be a valid integer"),
+    (lambda v: v["phases"].update(ks=[2, 0]), r"phases: ks\[1\] is 0; it must be greater than or equal to 1"),
     (lambda v: v["phases"].update(ks=[]), "phases: ks is .*; name at least one"),
     (lambda v: v["phases"].update(ks=[2, 2]), "phases: ks is .*, and each once"),
     (lambda v: v["phases"].update(ends={3: [1, 2, 6]}), r"ends are given for k = \[3\]"),
-    (lambda v: v["phases"].update(ends={2: 6}), "phases: ends: 2 is 6; it must be list"),
+    (lambda v: v["phases"].update(ends={2: 6}), "phases: ends: 2 is 6; it must be a valid list"),
     (lambda v: v["phases"].update(ends={2: [6, 6]}), r"phases: ends \(6, 6\) must be positive and strictly increasing"),
-    (lambda v: v["phases"].update(ends={2: [2, 4, 6]}), "make 3 phases, and stand for k = 2; give 2 numbers"),
+    (lambda v: v["phases"].update(ends={2: [2, 4, 6]}), "make 3 phases for k = 2; give 2 numbers"),
     (lambda v: v["phases"].update(ks=[2, 3], ends={2: [3, 6], 3: [3, 6, 12]}), "close with different layers"),
     # seeds, and what it costs
     (lambda v: v.update(seeds={"blok": 5}), "seeds: unknown key 'blok'; did you mean 'block'"),
-    (lambda v: v.update(seeds={"block": "five"}), "seeds: block is 'five'; it must be int"),
-    (lambda v: v.update(seeds={"spans": [[0, 2], [2]]}), r"each must be a pair \[start, end\]"),
-    (lambda v: v.update(resources={"rules": {"train_blok": {}}}), "resources: rules: unknown stage 'train_blok'; did you mean 'train_block'"),
+    (lambda v: v.update(seeds={"block": "five"}), "seeds: block is 'five'; it must be a valid integer"),
+    (lambda v: v.update(seeds={"spans": [[0, 2], [2]]}), r"seeds: spans\[1\] is \[2\]; it must have at least 2 items"),
+    (lambda v: v.update(resources={"rules": {"train_blok": {}}}), "resources: rules: unknown key 'train_blok'; did you mean 'train_block'"),
     (lambda v: v.update(resources={"rules": {"items": {"gpus": 1}}}), "resources: rules: items: unknown key 'gpus'; did you mean 'gpu'"),
-    (lambda v: v.update(resources={"rules": {"items": {"gpu": None}}}), "resources: rules: items: gpu is None; it must be int"),
+    (lambda v: v.update(resources={"rules": {"items": {"gpu": None}}}), "resources: rules: items: gpu is None; it must be a valid integer"),
     (lambda v: v.update(resources={"rule": {"train_block": {}}}), "resources: unknown key 'rule'; did you mean 'rules'"),
     (lambda v: v.update(resources={"threads": {"fig_sped": 2}}), "resources: threads: unknown stage 'fig_sped'; did you mean 'fig_speed'"),
-    (lambda v: v.update(resources={"threads": {"train_block": 0}}), "resources: threads: train_block is 0; it must be at least 1"),
-    (lambda v: v.update(resources={"disk_gb": "a lot"}), "resources: disk_gb is 'a lot'; it must be float"),
+    (lambda v: v.update(resources={"threads": {"train_block": 0}}), "resources: threads: train_block is 0; it must be greater than or equal to 1"),
+    (lambda v: v.update(resources={"disk_gb": "a lot"}), "resources: disk_gb is 'a lot'; it must be a valid number"),
 ])
-def test_a_preset_that_is_wrong_is_told_where(tmp_path, change, sentence):
+def test_an_invalid_preset_gets_a_sentence_with_the_place(tmp_path, change, sentence):
     with pytest.raises(RaptorError, match=f"preset mine.yaml: .*{sentence}" if not sentence.startswith("mine") else sentence): load_preset(write(tmp_path, change))
 
 
@@ -140,12 +183,6 @@ def test_seeds_that_are_not_given_are_the_usual_ones(tmp_path):
     (lambda v: v["phases"].update(ks=[2, 7]), "phases: vit_nano_patch4_reg4_24 has 6 layers, which cannot be parted into k = 7 phases of at least 1"),
     (lambda v: v["phases"].update(ks=[3], min_size=3), "cannot be parted into k = 3 phases of at least 3"),
     (lambda v: v["phases"].update(ends={2: [7, 12]}), r"has 6 layers, and the ends \[7, 12\] close with 12; close them with 6"),
-    (lambda v: v["stage1"].update(lr="1e-3"), "mine: stage1: lr is '1e-3'; it must be float"),
-    (lambda v: v["stage2"].update(forcing="fre"), "mine: stage2: unknown forcing 'fre'; did you mean 'free'"),
-    (lambda v: v["last_block"].update(token_weights=[1, 2]), "mine: last_block: token weights .* three numbers"),
-    (lambda v: v["teacher"]["train"].update(steps=0), "mine: teacher: train: steps is 0"),
-    (lambda v: v["controls"].update(teacher={"schedule": "linear"}), "mine: controls: teacher: unknown schedule 'linear'"),
-    (lambda v: v["probes"]["depth"]["train"].update(precision="bf61"), "mine: probes: depth: train: unknown precision 'bf61'; did you mean 'bf16'"),
     (lambda v: v["probes"]["depth"]["data"].update(name="digit_scene"), "did you mean 'digit_scenes'"),
     (lambda v: v["probes"]["depth"]["data"].update(test_split="tests"), "unknown split of digit_scenes 'tests'; did you mean 'test'"),
 ])
@@ -154,11 +191,18 @@ def test_what_only_torch_can_tell_is_told_before_any_work(tmp_path, change, sent
 
 
 def test_more_blocks_than_layers_in_the_sweep_are_left_out(tmp_path):
-    check_files(load_preset(write(tmp_path, lambda v: v["controls"].update(ks=[1, 9]))), tmp_path)
+    preset = load_preset(write(tmp_path, lambda v: v["controls"].update(ks=[1, 9])))
+    check_files(preset, tmp_path)
+    assert control_runs(preset, {2: (3, 6)})["partitions-r0"].params["ks"] == [1, 2]
 
 
-def test_a_model_on_a_hub_is_left_alone(tmp_path):
+def test_a_model_on_a_hub_is_built_only_when_it_is_needed(tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr("raptor.teacher.backbone.Backbone.create", lambda name, **kwargs: built.append(name))
     check_models(load_preset(write(tmp_path, lambda v: v["teacher"].update(name="hf-hub:nobody/nothing"))))
+    assert built == []
+    check_models(load_preset("smoke"))
+    assert set(built) == {"vit_nano_patch4_reg4_24"}, "other models are built at once"
 
 
 def test_models_are_looked_at_once(tmp_path, monkeypatch):
@@ -171,7 +215,7 @@ def test_models_are_looked_at_once(tmp_path, monkeypatch):
     check_files(mine, tmp_path)
     check_files(mine, tmp_path)
     assert looked == [mine], "the study keeps a mark of it"
-    check_files(replace(mine, stage2={**mine.stage2, "lr": 1e-4}), tmp_path)
+    check_files(changed(mine, stage2={**mine.stage2, "lr": 1e-4}), tmp_path)
     assert len(looked) == 2, "it has changed since"
 
 
@@ -201,7 +245,7 @@ def test_names_and_files(tmp_path):
 
 
 def test_the_runs_of_the_paper():
-    preset = replace(load_preset("smoke"), replicas=3, extra_models={"small": {}})
+    preset = changed(load_preset("smoke"), replicas=3, extra_models={"small": {}})
     blocks, raptors, probes = block_runs(preset, PAPER), raptor_runs(preset, PAPER), probe_runs(preset, PAPER)
     assert (len(blocks), len(raptors), len(probes)) == (18, 9, 33)
     assert sorted(r.params["seed"] for r in blocks if r.params["replica"] == 1) == list(range(106, 112))
@@ -211,7 +255,7 @@ def test_the_runs_of_the_paper():
 
 def test_one_more_replica_changes_no_seed():
     preset = load_preset("smoke")
-    one, three = (all_runs(replace(preset, replicas=r), PAPER) for r in (1, 3))
+    one, three = (all_runs(changed(preset, replicas=r), PAPER) for r in (1, 3))
     assert all(three[key].params == run.params for key, run in one.items())
 
 
@@ -223,8 +267,31 @@ def test_what_a_run_starts_from():
 
 
 def test_ends_are_unknown_until_they_are_found(tmp_path):
-    preset = load_preset("smoke")
-    assert study_ends(preset, tmp_path) is None
-    (tmp_path/"smoke"/"phases").mkdir(parents=True)
-    (tmp_path/"smoke"/"phases"/"phases.json").write_text('{"ends": {"2": [2, 6]}}')
-    assert study_ends(preset, tmp_path) == {2: (2, 6)}
+    study = Study.open("smoke", tmp_path)
+    assert study.known_ends is None
+    for unknown in ("ends", "runs", "controls"):
+        with pytest.raises(RaptorError, match="phases of smoke are not known yet"): getattr(study, unknown)
+    (study.folder/"phases").mkdir(parents=True)
+    (study.folder/"phases"/"phases.json").write_text('{"ends": {"2": [2, 6]}}')
+    assert study.known_ends == study.ends == {2: (2, 6)} and ("block", "0-2-r0") in study.runs
+
+
+# a study that is opened once -----------------------------------------------------------------------------------------
+def test_a_study_knows_its_folder_and_how_it_was_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAPTOR_HOME", str(tmp_path/"runs"))
+    write(tmp_path, lambda v: None)
+    for given, origin in (("smoke", "smoke"), ("mine.yaml", str(tmp_path/"mine.yaml")), (load_preset("smoke"), "smoke")):
+        study = Study.open(given)
+        assert (study.origin, study.folder) == (origin, tmp_path/"runs"/study.name) and Study.open(study) is study
+    assert Study.open("mine.yaml", "elsewhere").home == tmp_path/"elsewhere"
+    assert Study.open("smoke", replicas=3).preset == changed(load_preset("smoke"), replicas=3)
+    with pytest.raises(RaptorError, match="replicas is 0; it must be at least 1"): Study.open("smoke", replicas=0)
+
+
+def test_a_record_replaces_no_column_of_a_table(tmp_path):
+    study = Study.open("smoke", tmp_path)
+    study.save_table("t.csv", pd.DataFrame({"preset": ["other"], "seed": [7]}), {"preset": "smoke", "seed": 3, "data": "d"})
+    assert study.load_tables("t.csv").to_dict("list") == {"preset": ["other"], "seed": [7], "data": ["d"]}
+    study.save_table("u.csv", pd.DataFrame({"seed": [7]}))
+    assert study.load_tables("u.csv")[["seed", "preset"]].to_dict("list") == {"seed": [7], "preset": ["smoke"]}

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from ..core import atomic_path, check_name, fingerprint, RaptorError
 from .weights import _reason, read_weights
+import raptor.teacher.embedded # noqa: F401 (registers the embedded teachers)
+
 
 # %% ../../nbs/api/teacher/02_backbone.ipynb #4bad0230
 _trunk = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "dist_token", "norm_pre.", "blocks.", "rope.", "norm.", "fc_norm.")

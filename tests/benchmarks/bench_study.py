@@ -9,7 +9,7 @@ import pandas as pd
 
 from raptor.core import code_version, hardware, versions
 from raptor.study.experiments import run_seconds
-from raptor.study.results import Results
+from raptor.study.study import Study
 
 STAGES = {"teacher": "notebooks/train_teacher.ipynb", "cache": "notebooks/cache_activations.ipynb", "phases": "notebooks/find_phases.ipynb", "blocks, stage 1": "blocks/*/train_block.ipynb",
           "Raptors, stage 2": "raptors/*/train_raptor.ipynb", "probes": "probes/*/train_probe.ipynb", "controls, with --all": "controls/*/train_control.ipynb",
@@ -23,7 +23,7 @@ def wall_clock(results):
 
 
 def main(preset, table):
-    results = Results.open(preset)
+    results = Study.open(preset)
     rows = [{"stage": stage, "runs": len(seconds), "seconds, all runs": seconds.sum(), "longest": seconds.max() if len(seconds) else float("nan")}
             for stage, pattern in STAGES.items() for seconds in [run_seconds(results, pattern).seconds.astype(float)]]
     frame = pd.DataFrame([*rows, {"stage": "teacher to last probe, on the wall", "seconds, all runs": wall_clock(results)}]).astype({"runs": "Int64"})
