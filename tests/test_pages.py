@@ -68,7 +68,7 @@ def unexplained(cells):
     shown = [ast.parse(source) for source, d in cells if not is_hidden(d)]
     known = [ast.parse(source) for source, d in cells if not is_hidden(d) or is_exported(d)]
     used = {n.id for t in shown for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    return used - set().union(*map(bound_names, known)) - set(dir(builtins)) - {"display", "get_ipython", "__name__"}
+    return used - set().union(*map(bound_names, known)) - set(dir(builtins)) - {"display", "get_ipython", "__file__", "__name__"}
 
 @pytest.mark.parametrize("path", EXPLAINED, ids=name_of)
 def test_no_visible_cell_uses_a_name_from_a_hidden_one(path):
