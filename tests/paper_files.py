@@ -2,7 +2,8 @@
 
     python tests/paper_files.py FOLDER [ARCHIVE]
 
-ARCHIVE is a tar file of <anything>/<wnid>/<image>; its images then stand for ImageNet's (four of five in train, one in val)."""
+ARCHIVE is a tar file of <anything>/<wnid>/<image>; its images then stand for ImageNet's (four of five in train,
+one in val)."""
 import csv, sys, tarfile
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def imagenet(root, classes=8, train=32, val=4, seed=0):
 
 
 def imagenet_from(archive, root):
-    "One image a class: every class has its folder in train/, as the labels want it, and every fifth image goes to val/."
+    "One image for each class: every class has a folder in train/, which numbers it; every fifth image goes to val/."
     with tarfile.open(archive) as tar:
         members = sorted((m for m in tar if m.isfile()), key=lambda m: m.name)
         for i, m in enumerate(members):
@@ -55,8 +56,10 @@ def nyuv2(root, train=12, test=4, seed=2):
     for split, n in (("train", train), ("test", test)):
         rows = []
         for i in range(n):
-            metres = np.kron(rng.uniform(0.5, 9.5, (6, 8)), np.ones((80, 80))) * (rng.random((480, 640)) > 0.05) # some pixels were not measured
-            depth = np.round(metres * 25.5).astype(np.uint8) if split == "train" else np.round(metres * 1000).astype(np.uint16)
+            metres = np.kron(rng.uniform(0.5, 9.5, (6, 8)), np.ones((80, 80)))
+            metres *= rng.random((480, 640)) > 0.05 # some pixels were not measured
+            per_metre, dtype = (25.5, np.uint8) if split == "train" else (1000, np.uint16)
+            depth = np.round(metres * per_metre).astype(dtype)
             rows.append((f"data/nyu2_{split}/{i}.jpg", f"data/nyu2_{split}/{i}_depth.png"))
             save(picture(rng, (640, 480)), folder/rows[-1][0])
             save(Image.fromarray(depth), folder/rows[-1][1])

@@ -1,12 +1,16 @@
-"The backbone against timm's own forward pass, and against weight files that lie."
-import json, struct, zipfile
+"The backbone against timm's own forward pass, and hostile or broken weight files."
+import json
+import struct
+import zipfile
 
-import pytest, timm, torch
+import pytest
+import timm
+import torch
 from safetensors.torch import save_file
 
+from raptor.core import RaptorError
 from raptor.teacher.backbone import Backbone
 from raptor.teacher.weights import load_linear_head, read_weights
-from raptor.core import RaptorError
 
 TINY = dict(depth=3, embed_dim=48, num_heads=2)
 FAMILIES = { # name -> (image size, settings, has a class token, registers, the norm is applied by forward_features)
@@ -53,9 +57,9 @@ def test_states_are_timms_own_bit_for_bit(name):
     seen = torch.stack(calls[:4], 1)
     assert torch.equal(backbone.trajectory(images), seen)
     assert torch.equal(backbone.trajectory(images, 1, 2), seen[:, 1:3])
-    assert torch.equal(backbone.advance(seen[:, 1], 1, 3), seen[:, 3]) # the state alone is enough, rotary models included
-    assert (backbone.has_cls, backbone.num_registers, backbone.depth, backbone.dim, backbone.num_heads) == (has_cls, registers, 3, 48, 2)
-    assert backbone.num_tokens == seen.shape[2]
+    assert torch.equal(backbone.advance(seen[:, 1], 1, 3), seen[:, 3]) # the state is enough, with rotary models too
+    assert (backbone.has_cls, backbone.num_registers, backbone.num_tokens) == (has_cls, registers, seen.shape[2])
+    assert (backbone.depth, backbone.dim, backbone.num_heads) == (3, 48, 2)
     assert torch.equal(backbone.features(images), final) == normed
     if not normed: # timm normalises after pooling: the same norm, on every token
         assert torch.equal(backbone.features(images), backbone.model.fc_norm(final))
@@ -63,17 +67,14 @@ def test_states_are_timms_own_bit_for_bit(name):
     assert torch.equal(backbone.cls(seen[:, 2]), expected)
 
 
-def test_forward_intermediates_agrees():
-    backbone, images = tiny("vit_small_patch16_dinov3"), torch.randn(2, 3, 32, 48)
-    final, parts = backbone.model.forward_intermediates(images, output_fmt="NLC", return_prefix_tokens=True)
-    assert torch.equal(backbone.trajectory(images)[:, 1:], torch.stack([torch.cat([prefix, patch], 1) for patch, prefix in parts], 1))
-    assert torch.equal(backbone.features(images), final)
-
-
 @pytest.mark.parametrize("name, expected", [ # at full size, without storage: (depth, dim, heads, grid, prefix)
-    ("vit_small_patch14_reg4_dinov2", (12, 384, 6, (37, 37), 5)), ("vit_base_patch14_reg4_dinov2", (12, 768, 12, (37, 37), 5)), ("vit_large_patch14_reg4_dinov2", (24, 1024, 16, (37, 37), 5)),
-    ("vit_giant_patch14_reg4_dinov2", (40, 1536, 24, (37, 37), 5)), ("vit_large_patch16_dinov3", (24, 1024, 16, (16, 16), 5)), ("vit_so400m_patch14_siglip_224", (27, 1152, 16, (16, 16), 0))])
-def test_what_the_large_models_say_about_themselves(name, expected):
+    ("vit_small_patch14_reg4_dinov2", (12, 384, 6, (37, 37), 5)),
+    ("vit_base_patch14_reg4_dinov2", (12, 768, 12, (37, 37), 5)),
+    ("vit_large_patch14_reg4_dinov2", (24, 1024, 16, (37, 37), 5)),
+    ("vit_giant_patch14_reg4_dinov2", (40, 1536, 24, (37, 37), 5)),
+    ("vit_large_patch16_dinov3", (24, 1024, 16, (16, 16), 5)),
+    ("vit_so400m_patch14_siglip_224", (27, 1152, 16, (16, 16), 0))])
+def test_the_sizes_of_the_large_models(name, expected):
     with torch.device("meta"): backbone = Backbone.create(name, pretrained=False)
     assert (backbone.depth, backbone.dim, backbone.num_heads, backbone.grid, backbone.num_prefix) == expected
     state = torch.empty(1, backbone.num_tokens, backbone.dim, device="meta")
@@ -81,12 +82,15 @@ def test_what_the_large_models_say_about_themselves(name, expected):
 
 
 def test_the_papers_depth_size_has_35_by_46_patches():
-    backbone = Backbone.create("vit_small_patch14_reg4_dinov2", pretrained=False, img_size=(490, 644), depth=1, embed_dim=12, num_heads=2)
+    tiny = dict(depth=1, embed_dim=12, num_heads=2)
+    backbone = Backbone.create("vit_small_patch14_reg4_dinov2", pretrained=False, img_size=(490, 644), **tiny)
     assert backbone.grid == (35, 46) and backbone.features(torch.zeros(1, 3, 490, 644)).shape == (1, 5 + 35*46, 12)
 
 
-@pytest.mark.parametrize("name, reason", [("swin_tiny_patch4_window7_224", "hierarchical"), ("resnet18", "convolutional"), ("samvit_base_patch16", "windows"),
-                                          ("vit_base_r50_s16_224", "convolutional network"), ("beit_base_patch16_224", "relative positions"), ("naflexvit_base_patch16_gap", "packed")])
+@pytest.mark.parametrize("name, reason", [
+    ("swin_tiny_patch4_window7_224", "hierarchical"), ("resnet18", "convolutional"), ("samvit_base_patch16", "windows"),
+    ("vit_base_r50_s16_224", "deep convolutional network"), ("beit_base_patch16_224", "relative positions"),
+    ("naflexvit_base_patch16_gap", "packed")])
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_models_with_other_blocks_are_refused_before_any_download(name, reason, pretrained):
     with pytest.raises(RaptorError, match=reason): Backbone.create(name, pretrained=pretrained)
@@ -110,7 +114,8 @@ def test_frozen_until_unfrozen_and_gradients_reach_the_input():
     assert images.grad.abs().sum() > 0
     backbone.unfreeze()
     assert backbone.training and all(p.requires_grad for p in backbone.parameters())
-    assert backbone.model.blocks[-1].drop_path1.drop_prob == 0.5 and backbone.model.blocks[-1].drop_path1.training
+    drop_path = backbone.model.blocks[-1].drop_path1
+    assert drop_path.drop_prob == 0.5 and drop_path.training
     assert not backbone.eval().training and backbone.train().training
 
 
@@ -126,7 +131,8 @@ def test_fingerprint_follows_weights_size_and_name_only():
     assert a.fingerprint != before
     with torch.no_grad(): a.model.blocks[3].mlp.fc1.weight[0, 0] = b.model.blocks[3].mlp.fc1.weight[0, 0]
     assert a.fingerprint == before
-    torch.manual_seed(0); assert Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, img_size=32).fingerprint != before
+    torch.manual_seed(0)
+    assert Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, img_size=32).fingerprint != before
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -142,12 +148,14 @@ def test_save_and_load_again(name, tmp_path):
 
 
 def test_a_non_square_position_embedding_is_resampled_from_its_own_grid(tmp_path):
-    wide = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, img_size=(16, 36)) # 36 patches, as many as 24 x 24 has
-    with torch.no_grad(): wide.model.pos_embed.copy_(torch.cat([torch.zeros(5), torch.arange(4.).repeat_interleave(9)])[None, :, None].expand_as(wide.model.pos_embed))
+    wide = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, img_size=(16, 36)) # 36 patches, as 24 x 24 has
+    rows = torch.cat([torch.zeros(5), torch.arange(4.).repeat_interleave(9)])[None, :, None]
+    with torch.no_grad(): wide.model.pos_embed.copy_(rows.expand_as(wide.model.pos_embed))
     path = wide.save(tmp_path/"w.safetensors")
     square = Backbone.create("vit_nano_patch4_reg4_24", weights=path)
     rows = square.model.pos_embed[0, 5:, 0].view(6, 6)
-    assert torch.allclose(rows, rows[:, :1].expand(6, 6), atol=1e-5) and (rows[1:, 0] > rows[:-1, 0]).all() # still a gradient from top to bottom
+    assert torch.allclose(rows, rows[:, :1].expand(6, 6), atol=1e-5)
+    assert (rows[1:, 0] > rows[:-1, 0]).all() # still a gradient from top to bottom
 
 
 def official_dinov2(backbone):
@@ -157,34 +165,41 @@ def official_dinov2(backbone):
     return {**state, "mask_token": torch.zeros(1, 48)}
 
 
-def test_official_dinov2_checkpoint(tmp_path):
-    backbone, images = tiny("vit_small_patch14_reg4_dinov2"), torch.randn(1, 3, 28, 42)
-    with torch.no_grad(): backbone.model.cls_token.zero_() # its position is added to it by timm's translation
-    torch.save(official_dinov2(backbone), tmp_path/"dinov2_vits14_reg4_pretrain.pth")
-    again = Backbone.create("vit_small_patch14_reg4_dinov2", weights=tmp_path/"dinov2_vits14_reg4_pretrain.pth", img_size=(28, 42), **TINY)
-    assert torch.equal(again.trajectory(images), backbone.trajectory(images))
+def official_dinov3(backbone):
+    names = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+    state = {renamed(k, names): v.clone() for k, v in backbone.model.state_dict().items()}
+    return {**state, "mask_token": torch.zeros(1, 48), "rope_embed.periods": torch.zeros(4)}
 
 
-def test_official_dinov3_checkpoint(tmp_path):
-    backbone, images = tiny("vit_small_patch16_dinov3"), torch.randn(1, 3, 32, 48)
-    state = {k.replace("reg_token", "storage_tokens").replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): v.clone() for k, v in backbone.model.state_dict().items()}
-    torch.save({**state, "mask_token": torch.zeros(1, 48), "rope_embed.periods": torch.zeros(4)}, tmp_path/"dinov3.pth")
-    again = Backbone.create("vit_small_patch16_dinov3", weights=tmp_path/"dinov3.pth", img_size=(32, 48), **TINY)
-    assert torch.equal(again.trajectory(images), backbone.trajectory(images))
+def wrapped_deit3(backbone):
+    names = {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
+    state = {f"module.{renamed(k, names)}": v.clone() for k, v in backbone.model.state_dict().items()}
+    return {"model": state, "epoch": 3}
 
 
-def test_deit3_and_wrapped_checkpoints(tmp_path):
-    backbone, images = tiny("deit3_small_patch16_224"), torch.randn(1, 3, 32, 48)
-    state = {k.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v.clone() for k, v in backbone.model.state_dict().items()}
-    torch.save({"model": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, tmp_path/"deit.pth")
-    again = Backbone.create("deit3_small_patch16_224", weights=tmp_path/"deit.pth", img_size=(32, 48), num_classes=0, **TINY)
+def renamed(key, names):
+    for old, new in names.items(): key = key.replace(old, new)
+    return key
+
+
+@pytest.mark.parametrize("name, official", [("vit_small_patch14_reg4_dinov2", official_dinov2),
+    ("vit_small_patch16_dinov3", official_dinov3), ("deit3_small_patch16_224", wrapped_deit3)])
+def test_official_checkpoints(tmp_path, name, official):
+    backbone, size = tiny(name), FAMILIES[name][0]
+    with torch.no_grad(): backbone.model.cls_token.zero_() # timm's translation adds its position to DINOv2's
+    torch.save(official(backbone), tmp_path/"w.pth")
+    again = Backbone.create(name, weights=tmp_path/"w.pth", img_size=size, num_classes=0, **TINY)
+    images = torch.randn(1, 3, *size)
     assert torch.equal(again.trajectory(images), backbone.trajectory(images))
 
 
 def test_weights_of_another_architecture_say_which_tensors(tmp_path):
     path = tiny("vit_base_patch16_224").save(tmp_path/"w.safetensors")
-    for more, said in ((dict(depth=4), "lack blocks.3"), (dict(depth=2), "too many: blocks.2"), (dict(embed_dim=24), "another shape in")):
-        with pytest.raises(RaptorError, match=said): Backbone.create("vit_base_patch16_224", weights=path, img_size=(32, 48), **{**TINY, **more})
+    for more, said in ((dict(depth=4), r"lack blocks.3.norm1.weight, .* \.\.\.;"),
+                       (dict(depth=2), r"have too many: blocks.2.*, .* \.\.\.;"),
+                       (dict(embed_dim=24), "have another shape in cls_token, pos_embed, ")):
+        with pytest.raises(RaptorError, match=said):
+            Backbone.create("vit_base_patch16_224", weights=path, img_size=(32, 48), **{**TINY, **more})
 
 
 # --- hostile and broken files ---
@@ -199,20 +214,24 @@ READERS = [read_weights, load_linear_head, lambda p: Backbone.create("vit_nano_p
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickled_command_is_refused_and_does_not_run(tmp_path, reader, zipped):
-    torch.save({"weight": torch.ones(2), "bias": Payload(tmp_path/"ran")}, tmp_path/"evil.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(RaptorError, match="evil.pth cannot be read: it asks for Python code to be run") as e: reader(tmp_path/"evil.pth")
+    evil = {"weight": torch.ones(2), "bias": Payload(tmp_path/"ran")}
+    torch.save(evil, tmp_path/"evil.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(RaptorError, match="evil.pth cannot be read: it asks for code to be run") as e:
+        reader(tmp_path/"evil.pth")
     assert not (tmp_path/"ran").exists() and "\n" not in str(e.value)
 
 
-def lying(header, data=b""): return struct.pack("<Q", len(header)) + header + data
+def lying(header):
+    header = json.dumps(header).encode()
+    return struct.pack("<Q", len(header)) + header + b"\0" * 64
 
 
 @pytest.mark.parametrize("name, content", [
-    ("sizes.safetensors", lying(json.dumps({"w": {"dtype": "F32", "shape": [1000, 1000], "data_offsets": [0, 4_000_000]}}).encode(), b"\0"*64)),
-    ("shape.safetensors", lying(json.dumps({"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 64]}}).encode(), b"\0"*64)),
-    ("header.safetensors", struct.pack("<Q", 2**60) + b"{}"),
-    ("text.safetensors", b"not at all"), ("nothing.safetensors", b""), ("empty.pth", b""), ("text.pth", b"<html>404</html>"),
-    ("list.safetensors", lying(b"[]")), ("none.safetensors", lying(b"{}")),
+    ("sizes.safetensors", lying({"w": {"dtype": "F32", "shape": [1000, 1000], "data_offsets": [0, 4_000_000]}})),
+    ("shape.safetensors", lying({"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 64]}})),
+    ("header.safetensors", struct.pack("<Q", 2**60) + b"{}"), ("text.safetensors", b"not at all"),
+    ("nothing.safetensors", b""), ("list.safetensors", lying([])), ("none.safetensors", lying({})),
+    ("empty.pth", b""), ("text.pth", b"<html>404</html>"),
 ])
 def test_broken_files_are_named(tmp_path, name, content):
     (tmp_path/name).write_bytes(content)
@@ -223,7 +242,8 @@ def test_broken_files_are_named(tmp_path, name, content):
 @pytest.mark.parametrize("reader", READERS)
 def test_a_compressed_archive_is_refused(tmp_path, reader):
     torch.save({"weight": torch.zeros(1000, 1000), "bias": torch.zeros(1000)}, tmp_path/"plain.pth")
-    with zipfile.ZipFile(tmp_path/"plain.pth") as z, zipfile.ZipFile(tmp_path/"bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+    packed = zipfile.ZipFile(tmp_path/"bomb.pth", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path/"plain.pth") as z, packed as bomb:
         for record in z.namelist(): bomb.writestr(record, z.read(record))
     assert (tmp_path/"bomb.pth").stat().st_size < 10_000
     with pytest.raises(RaptorError, match="bomb.pth cannot be read: .*compressed") as e: reader(tmp_path/"bomb.pth")
@@ -233,12 +253,13 @@ def test_a_compressed_archive_is_refused(tmp_path, reader):
 @pytest.mark.parametrize("reader", READERS)
 def test_a_few_numbers_do_not_become_many(tmp_path, reader):
     torch.save({"weight": torch.zeros(1).half().expand(10**4, 10**3), "bias": torch.zeros(10**4)}, tmp_path/"wide.pth")
-    with pytest.raises(RaptorError, match="wide.pth cannot be read: .*more numbers than the file"): reader(tmp_path/"wide.pth")
+    with pytest.raises(RaptorError, match="wide.pth cannot be read: .*more numbers than the file"):
+        reader(tmp_path/"wide.pth")
 
 
-@pytest.mark.timeout(20)
 def test_a_dictionary_that_holds_itself(tmp_path):
-    state = {"weight": torch.ones(2)}; state["model"] = state
+    state = {"weight": torch.ones(2)}
+    state["model"] = state
     torch.save(state, tmp_path/"loop.pth")
     assert read_weights(tmp_path/"loop.pth")[0]["weight"].tolist() == [1, 1]
 
@@ -257,14 +278,15 @@ def test_linear_head(tmp_path):
     weight, bias = load_linear_head(tmp_path/"head.pth")
     assert weight[1].tolist() == [3, 4, 5] and bias.tolist() == [5, 7]
     torch.save({"weight": torch.zeros(2, 3), "bias": torch.zeros(3)}, tmp_path/"head.pth")
-    with pytest.raises(RaptorError, match="do not fit together"): load_linear_head(tmp_path/"head.pth")
+    with pytest.raises(RaptorError, match=r"holds bias \(3,\), weight \(2, 3\)"): load_linear_head(tmp_path/"head.pth")
     with pytest.raises(RaptorError, match="do not exist"): load_linear_head(tmp_path/"absent.pth")
 
 
 def test_an_unreachable_hub_is_one_sentence(monkeypatch):
     def unreachable(*args, **kwargs): raise OSError("no route\nto host")
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
-    with pytest.raises(RaptorError, match="could not be fetched .*weights=PATH") as e: Backbone.create("vit_tiny_patch16_224")
+    with pytest.raises(RaptorError, match="could not be downloaded .*weights=PATH") as e:
+        Backbone.create("vit_tiny_patch16_224")
     assert "\n" not in str(e.value)
 
 
@@ -275,6 +297,8 @@ def test_pretrained_weights_arrive_through_timm(monkeypatch):
     assert torch.equal(backbone.model.blocks[2].attn.qkv.weight, state["blocks.2.attn.qkv.weight"])
 
 
-@pytest.mark.parametrize("settings, said", [(dict(img_size=(30, 28)), "not a multiple of the patch size"), (dict(depht=3), "timm cannot make"), (dict(num_heads=5), "timm cannot make")])
+@pytest.mark.parametrize("settings, said", [(dict(img_size=(30, 28)), "not a multiple of the patch size"),
+    (dict(depht=3), "timm cannot create"), (dict(num_heads=5), "timm cannot create")])
 def test_settings_that_do_not_fit(settings, said):
-    with pytest.raises(RaptorError, match=said): Backbone.create("vit_small_patch14_reg4_dinov2", pretrained=False, **{"img_size": 28, **TINY, **settings})
+    with pytest.raises(RaptorError, match=said):
+        Backbone.create("vit_small_patch14_reg4_dinov2", pretrained=False, **{"img_size": 28, **TINY, **settings})

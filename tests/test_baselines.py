@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 
-from raptor.analysis.baselines import DMDSpan, fit_dmd, fit_linear, identity_chain, IdentitySpan, LinearSpan, SpanChain
-from raptor.core import RaptorError
+from raptor.analysis.baselines import DMDSpan, IdentitySpan, LinearSpan, SpanChain, fit_dmd, fit_linear, identity_chain
 from raptor.analysis.dynamics import brh_epsilon
+from raptor.core import RaptorError
+from raptor.model.as_backbone import RaptorBackbone
 from raptor.phases import FragmentedPhases, Phases
+from raptor.teacher.backbone import Backbone
 
 PHASES = Phases((3, 5))
 
@@ -16,8 +18,8 @@ def noise(*shape, seed=0, dtype=torch.float64):
 
 
 def system(dim=6):
-    spans = [DMDSpan(0, 3, torch.linalg.qr(noise(dim, dim))[0]*0.9), DMDSpan(3, 5, torch.linalg.qr(noise(dim, dim, seed=1))[0]*1.1)]
-    return SpanChain(spans, PHASES, dim)
+    first, second = (torch.linalg.qr(noise(dim, dim, seed=seed))[0] for seed in (0, 1))
+    return SpanChain([DMDSpan(0, 3, 0.9*first), DMDSpan(3, 5, 1.1*second)], PHASES, dim)
 
 
 def trajectories(chain, images=8, seed=2): return chain.rollout(noise(images, 10, chain.dim, seed=seed))
@@ -30,7 +32,8 @@ def test_a_linear_system_is_recovered_by_both_fits_from_other_data():
     for got, want in zip(dmd.spans, truth.spans): assert torch.allclose(got.operator, want.operator, atol=1e-6)
     assert torch.allclose(linear.spans[0].weight, torch.linalg.matrix_power(truth.spans[0].operator, 3), atol=1e-5)
     assert linear.spans[0].bias.abs().max() < 1e-6
-    assert torch.allclose(dmd.rollout(new[:, 0]), new, atol=1e-5) and torch.allclose(linear(new[:, 0]), new[:, -1], atol=1e-5)
+    assert torch.allclose(dmd.rollout(new[:, 0]), new, atol=1e-5)
+    assert torch.allclose(linear(new[:, 0]), new[:, -1], atol=1e-5)
     assert brh_epsilon([(dmd.rollout(new[:, 0]), new)]).query("quantity == 'relative'").value.max() < 1e-6
 
 
@@ -39,7 +42,8 @@ def test_an_affine_step_is_recovered_by_the_ridge_fit_only():
     weight, bias = noise(4, 4, seed=1), 3 + noise(4, seed=2)
     states = torch.stack([x, x @ weight.T + bias], 1)
     chain = fit_linear(states, Phases((1,)), ridge=0)
-    assert torch.allclose(chain.spans[0].weight.double(), weight, atol=1e-5) and torch.allclose(chain.spans[0].bias.double(), bias, atol=1e-5)
+    assert torch.allclose(chain.spans[0].weight.double(), weight, atol=1e-5)
+    assert torch.allclose(chain.spans[0].bias.double(), bias, atol=1e-5)
     assert (fit_dmd(states, Phases((1,)))(x) - states[:, 1]).abs().mean() > 1
 
 
@@ -58,7 +62,7 @@ def test_batches_do_not_change_a_fit_and_ridge_shrinks_to_the_mean():
     x = noise(11, 6, 10, 5) + 2
     for fit in (fit_linear, fit_dmd):
         whole, parts = fit(x, PHASES), fit(iter(x.split(4)), PHASES)
-        for a, b in zip(whole.state_dict().values(), parts.state_dict().values()): assert torch.allclose(a, b, atol=1e-6)
+        for a, b in zip(whole.buffers(), parts.buffers()): assert torch.allclose(a, b, atol=1e-6)
     norms = [fit_linear(x, PHASES, ridge=r).spans[0].weight.norm() for r in (0, 1, 100)]
     assert norms[0] > norms[1] > norms[2]
     heavy = fit_linear(x, PHASES, ridge=1e9).spans[1]
@@ -93,18 +97,27 @@ def test_fragmented_phases_get_one_map_a_run():
 
 
 def test_a_chain_stands_in_a_raptor_backbone():
-    backbone = pytest.importorskip("raptor.teacher.backbone").Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
-    model = pytest.importorskip("raptor.model.as_backbone").RaptorBackbone(backbone, identity_chain(Phases((6,)), 32))
+    backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
+    model = RaptorBackbone(backbone, identity_chain(Phases((6,)), 32))
     images = noise(2, 3, 24, 24, dtype=torch.float32)
     assert torch.equal(model.features(images), backbone.norm(backbone.embed(images)))
     assert torch.equal(model.trajectory(images)[:, 6], backbone.embed(images))
 
 
+def two(): return noise(2, 6, 3, 2)
+
+
 @pytest.mark.parametrize("call, says", [
-    (lambda: fit_linear(noise(2, 4, 3, 2), PHASES), "ending at 5"), (lambda: fit_dmd(iter([]), PHASES), "no batch"), (lambda: fit_linear(noise(2, 6, 3, 2), PHASES, ridge=-1), "negative"),
-    (lambda: fit_linear(noise(2, 6, 3, 2), PHASES, ridge=float("nan")), "negative"), (lambda: fit_dmd(noise(2, 6, 3, 2), PHASES, rank=0), "at least one"),
-    (lambda: fit_dmd(noise(2, 6, 3, 2)/0, PHASES), "NaN or infinity"), (lambda: SpanChain([IdentitySpan(0, 5)], PHASES, 2), "not those"),
-    (lambda: fit_linear(noise(2, 6, 3, 2), PHASES).rollout(noise(1, 3, 2)), "no states in between"), (lambda: identity_chain(PHASES, 2).advance(noise(1, 3, 2), 3, 6), "state 3 to state 6"),
+    (lambda: fit_linear(two()[:, :4], PHASES), "ending at 5"),
+    (lambda: fit_dmd(iter([]), PHASES), "no batch"),
+    (lambda: fit_dmd(two()[:0], PHASES), "no image"),
+    (lambda: fit_linear(two(), PHASES, ridge=-1), "negative"),
+    (lambda: fit_dmd(two(), PHASES, ridge=float("nan")), "negative"),
+    (lambda: fit_dmd(two(), PHASES, rank=0), "at least one"),
+    (lambda: fit_dmd(two()/0, PHASES), "NaN or infinity"),
+    (lambda: SpanChain([IdentitySpan(0, 5)], PHASES, 2), "not those"),
+    (lambda: fit_linear(two(), PHASES).rollout(noise(1, 3, 2)), "no states in between"),
+    (lambda: identity_chain(PHASES, 2).advance(noise(1, 3, 2), 3, 6), "state 3 to state 6"),
     (lambda: LinearSpan(0, 3, torch.eye(2), torch.zeros(2)).advance(noise(1, 3, 2), 1, 3), "from 1 to 3")])
 def test_mistakes_say_what_was_wrong(call, says):
     with pytest.raises(RaptorError, match=says): call()

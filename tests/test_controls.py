@@ -1,8 +1,7 @@
-"""The controls: which runs there are, what they are trained with, what is measured, and how a claim is judged."""
+"""The controls: which runs there are, what they are trained with, and what is measured."""
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import yaml
@@ -10,17 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raptor.model.block import save_block
-from raptor.study.controls import (
-    ABLATION, ablation_runs, control_k, control_runs, partition_runs, random_partitions, teacher_runs
-)
+from raptor.study.controls import ABLATION, control_k, control_runs, random_partitions
 from raptor.core import RaptorError
-from raptor.analysis.cost import count_parameters, counted_flops, peak_memory, vit_block_flops
 from raptor.study.experiments import (
     assess, cached_source, order_accuracy, own_scores, test_images as images_of, train_one_stage, train_snapshots,
     train_stage1
-)
-from raptor.analysis.intervals import (
-    bootstrap, by_group, claim_table, Interval, mean_interval, over_groups, rank_correlation, share_interval
 )
 from raptor.model.as_backbone import RaptorBackbone
 from raptor.model.raptor import Raptor
@@ -28,6 +21,7 @@ from raptor.phases import FragmentedPhases, Phases
 from raptor.study.presets import block_runs, load_preset, preset_path
 from raptor.study.results import published
 from raptor.study.study import Study
+from raptor.train.stages import TrainConfig
 
 ENDS = {2: (7, 12), 3: (7, 10, 12), 4: (4, 7, 10, 12)}
 
@@ -55,40 +49,46 @@ def test_one_more_replica_changes_no_run():
 
 def test_the_ablation_has_the_papers_rows_under_the_papers_names():
     assert list(published("ablation")["row"]) == [label for row, label in ABLATION.items() if row != "long"]
-    rows = {row: what for run in ablation_runs(load_preset("digits"), ENDS) for row, what in run.params["ablation"].items()}
+    runs = control_runs(load_preset("digits"), ENDS).values()
+    rows = {row: what for run in runs for row, what in run.params.get("ablation", {}).items()}
     assert set(rows) == {"tf", "ar", "depth", "long"}, "the other rows are runs of the study"
     assert rows["tf"]["stage1"]["forcing"] == "teacher" and "forcing" not in rows["ar"]["stage1"]
     assert rows["ar"]["block"] == {"depth_scaling": False} and "block" not in rows["depth"]
-    assert rows["long"]["stage1"]["steps"] == load_preset("digits").stage1["steps"] + load_preset("digits").stage2["steps"]
+    assert rows["long"]["stage1"]["steps"] == 300 + 900, "those of both stages"
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 60), st.integers(0, 10), st.integers(0, 5))
 def test_random_partitions_are_rivals_of_the_max_cut(contiguous, fragmented, seed):
     preset = load_preset("digits")
-    preset = changed(preset, controls=changed(preset.controls, contiguous=contiguous, fragmented=fragmented), seeds={**preset.seeds, "phases": seed})
+    controls = changed(preset.controls, contiguous=contiguous, fragmented=fragmented)
+    preset = changed(preset, controls=controls, seeds={**preset.seeds, "phases": seed})
     found = random_partitions(preset, ENDS)
     assert len(set(found["contiguous"])) == len(found["contiguous"]) == min(contiguous, math.comb(11, 2) - 1)
     assert all(p.k == 3 and p.depth == 12 and p.ends != ENDS[3] for p in found["contiguous"])
-    assert len(found["fragmented"]) == fragmented and all(p.counts == (7, 3, 2) and p.ends is None for p in found["fragmented"])
+    assert len(found["fragmented"]) == fragmented
+    assert all(p.counts == (7, 3, 2) and p.ends is None for p in found["fragmented"])
 
 
 def test_k_beyond_the_depth_is_left_out_and_the_compared_k_is_always_there():
     preset = load_preset("digits")
     preset = changed(preset, controls=changed(preset.controls, ks=[1, 5, 40]))
-    assert partition_runs(preset, ENDS)[0].params["ks"] == [1, 3, 5]
+    assert control_runs(preset, ENDS)["partitions-r0"].params["ks"] == [1, 3, 5]
 
 
 def test_which_k_is_compared():
     preset = load_preset("digits")
     assert control_k(preset, ENDS) == 3 and control_k(preset, {2: (4, 12), 4: (1, 2, 3, 12)}) == 4
-    with pytest.raises(RaptorError, match="k is 7, but there are Raptors only for k = \\[2, 3, 4\\]"): control_k(changed(preset, controls=changed(preset.controls, k=7)), ENDS)
+    seven = changed(preset, controls=changed(preset.controls, k=7))
+    with pytest.raises(RaptorError, match=r"k is 7, but .* only for k = \[2, 3, 4\]"): control_k(seven, ENDS)
 
 
 def test_a_study_without_a_teacher_of_its_own_trains_no_further_ones():
     preset = load_preset("digits")
-    assert teacher_runs(changed(preset, teacher=changed(preset.teacher, train=None)), ENDS) == []
-    assert [r.params["snapshots"][0] == 0 for r in teacher_runs(preset, ENDS)] == [True, False, False], "all rates start from one network"
+    untrained = changed(preset, teacher=changed(preset.teacher, train=None))
+    assert not any(name.startswith("teacher") for name in control_runs(untrained, ENDS))
+    teachers = [run for name, run in control_runs(preset, ENDS).items() if name.startswith("teacher")]
+    assert [run.params["snapshots"][0] == 0 for run in teachers] == [True, False, False], "all start alike"
 
 
 def test_parameters_survive_the_command_line():
@@ -126,8 +126,9 @@ def test_snapshots_are_the_network_at_those_steps(study, snapshots):
     assert [s.step for s in kept] == [0, 2, 4] and history.step.iloc[-1] == 4
     (again, *_), _ = train_snapshots(study, 0.0, 5, {"steps": 1}, steps=(0,))
     assert torch.equal(weights(kept[0].backbone), weights(again.backbone)), "every rate starts from the same weights"
-    assert not torch.equal(weights(kept[0].backbone), weights(kept[1].backbone)) and not torch.equal(weights(kept[1].backbone), weights(kept[2].backbone))
-    assert all(not p.requires_grad for s in kept for p in s.backbone.parameters()) and all(set(s.heads) == {"classification", "segmentation", "depth"} for s in kept)
+    for one, next_one in zip(kept, kept[1:]): assert not torch.equal(weights(one.backbone), weights(next_one.backbone))
+    assert all(not p.requires_grad for s in kept for p in s.backbone.parameters())
+    assert all(set(s.heads) == {"classification", "segmentation", "depth"} for s in kept)
     short, _ = train_snapshots(study, 0.3, 5, {"steps": 4}, steps=())
     assert torch.equal(weights(short[-1].backbone), weights(kept[-1].backbone)), "looking on the way changes nothing"
 
@@ -140,7 +141,7 @@ def test_one_stage_trains_any_partition_and_the_seed_decides(study, snapshots):
     again, _ = train_one_stage(study, backbone, source, FragmentedPhases((0, 1, 0, 1, 1, 0)), 7, train)
     other, _ = train_one_stage(study, backbone, source, FragmentedPhases((0, 1, 0, 1, 1, 0)), 8, train)
     assert torch.equal(weights(first), weights(again)) and not torch.equal(weights(first), weights(other))
-    assert history.step.tolist() == [2] and "tf" in history, "annealed teacher forcing, although the preset's stage 2 is free"
+    assert history.step.tolist() == [2] and "tf" in history, "teacher forcing is annealed"
     assert not torch.equal(weights(first.blocks[0]), weights(first.blocks[1]))
 
 
@@ -155,7 +156,8 @@ def test_a_block_that_does_not_differ_is_the_studys_own(study, snapshots):
     assert set(history.start) == {2}, "the last block has another loss here than in the study, and is trained"
     flat, history = train_stage1(study, backbone, source, Phases((2, 6)), 0, {"loss": "mse"}, depth_scaling=False)
     assert set(history.start) == {0, 2} and all(b.scaling is None for b in flat.blocks)
-    with pytest.raises(RaptorError, match="unknown key 'step'"): train_stage1(study, backbone, source, Phases((2, 6)), 0, {"step": 3})
+    with pytest.raises(RaptorError, match="unknown key 'step'"):
+        train_stage1(study, backbone, source, Phases((2, 6)), 0, {"step": 3})
 
 
 def test_what_is_measured_of_a_raptor(study, snapshots):
@@ -166,11 +168,39 @@ def test_what_is_measured_of_a_raptor(study, snapshots):
     table = assess(raptor, source, batch_size=10)
     true = next(source.batches(24))
     error = (raptor.rollout(true[:, 0]) - true)[:, 1:].double()
-    assert np.allclose(table.query("measure == 'epsilon_absolute'").value, error.detach().flatten(2).norm(dim=2).mean(0), rtol=1e-5)
-    assert table.query("measure == 'epsilon_absolute_max'").value.item() == table.query("measure == 'epsilon_absolute'").value.max()
+    epsilon = table.query("measure == 'epsilon_absolute'").value
+    assert np.allclose(epsilon, error.detach().flatten(2).norm(dim=2).mean(0), rtol=1e-5)
+    assert table.query("measure == 'epsilon_absolute_max'").value.item() == epsilon.max()
     assert np.isclose(table.query("measure == 'r2_mean'").value.item(), table.query("measure == 'r2'").value.mean())
     scores = own_scores(RaptorBackbone(last.backbone, raptor), last.heads, labelled)
     assert {"own_top1", "own_miou", "own_rmse"} <= set(scores.measure) and own_scores(raptor, {}, labelled).empty
+
+
+class Own(torch.nn.Module):
+    "A teacher's own layers in the place of recurrent blocks."
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.scale = backbone, torch.nn.Parameter(torch.ones(()))
+
+    def advance(self, state, start, end): return self.backbone.advance(state, start, end) * self.scale
+    def rollout(self, state, start, end): return torch.stack([state, *self.backbone.states(state, start, end)], 1)
+
+
+def test_a_block_is_validated_in_its_place(study, snapshots, monkeypatch):
+    last = snapshots[0][-1]
+    monkeypatch.setattr(Study, "teacher_heads", lambda self, backbone: last.heads)
+    config = TrainConfig(steps=4, eval_every=2)
+    source, labelled = images_of(study, None, last.backbone)
+    scores = {name: value for name, value in own_scores(last.backbone, last.heads, labelled).itertuples(index=False)}
+    own = Own(last.backbone).train()
+    assert study.validation(own, (2, 4), last.backbone, config)(2) == pytest.approx({"r2_end": 1, **scores})
+    assert not own.training
+    raptor = Raptor([study.new_block(last.backbone, j) for j in range(2)], Phases((2, 6)))
+    found, whole = study.validation(raptor, (0, 6), last.backbone, config)(2), RaptorBackbone(last.backbone, raptor)
+    expected = {name: value for name, value in own_scores(whole, last.heads, labelled).itertuples(index=False)}
+    r2 = assess(raptor, source).query("measure == 'r2' and layer == 6").value.item()
+    assert found == pytest.approx({"r2_end": r2, **expected})
+    assert study.validation(raptor, (0, 6), last.backbone, TrainConfig()) is None, "unless the preset asks for it"
 
 
 def test_the_usual_order_scores_what_the_head_scores(study, snapshots):
@@ -180,64 +210,3 @@ def test_the_usual_order_scores_what_the_head_scores(study, snapshots):
     found = order_accuracy(last.backbone, last.heads["classification"], labelled, [usual, swapped, usual], batch_size=9)
     top1 = own_scores(last.backbone, {"classification": last.heads["classification"]}, labelled).value.item()
     assert found[0] == found[2] == pytest.approx(top1)
-
-
-# ---- intervals
-
-def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    hits = [i.low <= 1 <= i.high for i in (bootstrap(np.mean, rng.exponential(size=60), draws=300, seed=s) for s in range(200))]
-    assert 0.88 <= np.mean(hits) <= 0.98
-
-
-def test_pairs_stay_together_and_the_seed_decides():
-    x = np.arange(30.)
-    paired = bootstrap(lambda a, b: np.mean(a - b), x, x + 2, paired=True)
-    assert paired == Interval(-2, -2, -2)
-    assert bootstrap(np.mean, x, seed=1) == bootstrap(np.mean, x, seed=1) != bootstrap(np.mean, x, seed=2)
-    with pytest.raises(RaptorError, match="equally long"): bootstrap(lambda a, b: 0, x, x[:-1], paired=True)
-
-
-def test_rank_correlation_is_that_of_the_ranks():
-    rng = np.random.default_rng(1)
-    x, y = rng.normal(size=(2, 50))
-    assert rank_correlation(x, y) == pytest.approx(pd.Series(x).rank().corr(pd.Series(y).rank()))
-    assert rank_correlation(x, np.exp(x)) == pytest.approx(1) and math.isnan(rank_correlation(x, x*0))
-
-
-@pytest.mark.parametrize("interval,null,side,word", [
-    (Interval(1, .5, 2), 0, "above", "shown"), (Interval(1, -.5, 2), 0, "above", "not shown"), (Interval(-1, -2, -.5), 0, "above", "the opposite"),
-    (Interval(-1, -2, -.5), 0, "below", "shown"), (Interval(.5, math.nan, math.nan), 0, "below", "not as claimed, no interval"), (Interval(0, math.nan, math.nan), 0, "below", "not as claimed, no interval"),
-])
-def test_the_word_follows_from_the_interval(interval, null, side, word):
-    assert claim_table({"x": (interval, null, side)}).verdict.item() == word
-
-
-def test_student_for_two_replicas_is_wide_and_many_are_normal():
-    assert mean_interval([0., 2.]).high == pytest.approx(1 + 12.7062, rel=1e-6)
-    many = np.random.default_rng(0).normal(size=1000)
-    assert mean_interval(many).high - many.mean() == pytest.approx(1.96/1000**.5, rel=.05)
-    assert share_interval(0.0, 50) == Interval(0, 0, 0)
-
-
-def test_groups_are_weighted_by_what_they_hold():
-    groups = by_group(lambda b: pd.DataFrame({"layer": [0], "value": [b.mean()], "std": [0.0], "count": [len(b)]}), [np.ones(3), np.full(1, 5.)])
-    assert over_groups(groups, ["layer"]).value.item() == 2.0
-
-
-# ---- cost
-
-def test_operations_of_the_embedded_teacher_are_those_counted_by_hand():
-    study = Study.open("digits")
-    teacher = study.teacher(trained=False)
-    state = torch.zeros(1, teacher.num_tokens, teacher.dim)
-    assert counted_flops(teacher.advance, state, 0, 12) == 12*vit_block_flops(teacher.dim, teacher.num_tokens)
-    raptor = Raptor.create(Phases((5, 9, 12)), teacher.dim, teacher.num_heads)
-    assert counted_flops(raptor, state) == raptor.flops(teacher.num_tokens)
-    assert count_parameters(torch.nn.Linear(3, 4)) == 16
-
-
-def test_peak_memory_sees_what_is_freed_again():
-    def build(): torch.zeros(20_000_000).add_(1)
-    held = peak_memory(build)
-    assert math.isnan(held) or 70e6 < held < 200e6

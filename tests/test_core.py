@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from raptor.core import (
-    atomic_path, check_name, check_writable, data_root, file_digest, fingerprint, home_root, RaptorError, read_json,
+    RaptorError, atomic_path, check_name, check_writable, data_root, file_digest, fingerprint, home_root, read_json,
     run_record, seed_for, write_json
 )
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from raptor.core import RaptorError
 from raptor.probes.heads import (
-    bin_target, ClassificationHead, depth_loss, DepthHead, masked_cross_entropy, probe_task, scale_invariant_loss,
-    SegmentationHead
+    ClassificationHead, DepthHead, SegmentationHead, bin_target, depth_loss, masked_cross_entropy, probe_task,
+    scale_invariant_loss
 )
 from raptor.probes.metrics import depth_rmse
 

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raptor.teacher.backbone import Backbone
-from raptor.model.block import load_block, RecurrentBlock, save_block
-from raptor.trajectories.cache import _begin, _finish, _write_chunk, CachedTrajectories, CacheSpec
+from raptor.model.block import RecurrentBlock, load_block, save_block
+from raptor.trajectories.cache import CachedTrajectories, CacheSpec
+from raptor.trajectories.live import begin_cache, finish_cache, write_chunk
 from raptor.core import RaptorError
 from raptor.train.fit import load_checkpoint, save_checkpoint
 from raptor.probes.heads import probe_task
@@ -35,14 +36,17 @@ class Trained(nn.Module):
 
 
 META = dict(step=1, made_for="this", history=[], sums={}, count=0)
-def resume(path): new = Trained(); return load_checkpoint(path, new, new.optimizer, "this")
+def begin(path): run = Trained(); save_checkpoint(path, run, run.optimizer, META)
+def resume(path): run = Trained(); return load_checkpoint(path, run, run.optimizer, "this")
 
 def make_cache(folder):
     pytest.importorskip("zarr")
-    spec = CacheSpec("0123", "by hand", "numbers", num_images=6, depth=2, layers=(0, 2), num_tokens=4, dim=2, num_prefix=1, has_cls=True, dtype="float16", chunk_images=4, targets="int64")
-    _begin(folder, spec)
-    for c in range(2): _write_chunk(folder, spec, c, torch.arange(144.).view(6, 3, 4, 2)[4*c:4*c + 4].half(), np.arange(6)[4*c:4*c + 4])
-    _finish(folder)
+    spec = CacheSpec("0123", "by hand", "numbers", num_images=6, depth=2, layers=(0, 2), num_tokens=4, dim=2,
+                     num_prefix=1, has_cls=True, dtype="float16", chunk_images=4, targets="int64")
+    states, targets = torch.arange(144.).view(6, 3, 4, 2).half(), np.arange(6)
+    begin_cache(folder, spec)
+    for c in range(2): write_chunk(folder, spec, c, states[4*c:4*c + 4], targets[4*c:4*c + 4])
+    finish_cache(folder)
     return folder
 
 def read_cache(folder): return list(CachedTrajectories(folder).batches(3, labels=True))
@@ -50,9 +54,10 @@ def read_cache(folder): return list(CachedTrajectories(folder).batches(3, labels
 
 # name -> (write an honest one into a folder, the file that is replaced, read from the folder)
 LOADERS = {
-    "backbone": (lambda d: Backbone.create("vit_nano_patch4_reg4_24", pretrained=False).save(d/"w.safetensors"), "w.safetensors", lambda d: Backbone.create("vit_nano_patch4_reg4_24", weights=d/"w.safetensors")),
+    "backbone": (lambda d: Backbone.create("vit_nano_patch4_reg4_24", pretrained=False).save(d/"w.safetensors"),
+                 "w.safetensors", lambda d: Backbone.create("vit_nano_patch4_reg4_24", weights=d/"w.safetensors")),
     "head": (lambda d: save_head(probe_task("depth").make_head(Shape, None, bins=4), d/"head.safetensors", {"bins": 4}), "head.safetensors", lambda d: load_head(Shape, "depth", d/"head.safetensors")),
-    "checkpoint": (lambda d: save_checkpoint(d/"c.safetensors", (t := Trained()), t.optimizer, META), "c.safetensors", lambda d: resume(d/"c.safetensors")),
+    "checkpoint": (lambda d: begin(d/"c.safetensors"), "c.safetensors", lambda d: resume(d/"c.safetensors")),
     "block": (lambda d: save_block(d/"b.safetensors", RecurrentBlock(8, 2), (0, 2)), "b.safetensors", lambda d: load_block(d/"b.safetensors")),
     "raptor, weights": (lambda d: Raptor.create(Phases((1, 2)), 8, 2).save_pretrained(d), "model.safetensors", Raptor.from_pretrained),
     "raptor, config": (lambda d: Raptor.create(Phases((1, 2)), 8, 2).save_pretrained(d), "config.json", Raptor.from_pretrained),
@@ -155,9 +160,14 @@ def test_a_head_with_other_tensors(tmp_path, task, change):
     refused(lambda d: load_head(Shape, task, d/"h.safetensors"), tmp_path)
 
 
-@pytest.mark.parametrize("change", [lambda t: t.pop("param/linear.weight"), lambda t: t.clear(), lambda t: t.update({"param/linear.weight": torch.ones(2, 2)}), lambda t: t.update({"param/linear.weight": torch.tensor(1.)}),
-    lambda t: t.update({"param/linear.bias": torch.ones(3)}), lambda t: t.update({"exp_avg/linear.weight": torch.ones(3)}), lambda t: t.update({"exp_avg_sq/linear.bias": torch.tensor(0.)}), lambda t: t.pop("exp_avg/linear.bias"), lambda t: t.pop("step/linear.weight"),
-    lambda t: t.update({"step/linear.weight": torch.ones(2, 3)})])
+@pytest.mark.parametrize("change", [
+    lambda t: t.clear(), lambda t: t.pop("param/linear.weight"), lambda t: t.pop("exp_avg/linear.bias"),
+    lambda t: t.pop("step/linear.weight"), lambda t: t.update({"param/linear.weight": torch.ones(2, 2)}),
+    lambda t: t.update({"param/linear.weight": torch.tensor(1.)}),
+    lambda t: t.update({"param/linear.bias": torch.ones(3)}),
+    lambda t: t.update({"exp_avg/linear.weight": torch.ones(3)}),
+    lambda t: t.update({"step/linear.weight": torch.ones(2, 3)}),
+    lambda t: t.update({"exp_avg_sq/linear.bias": torch.tensor(0.)})])
 def test_a_checkpoint_with_other_tensors(tmp_path, change):
     write, file, read = LOADERS["checkpoint"]
     write(tmp_path)
@@ -166,8 +176,10 @@ def test_a_checkpoint_with_other_tensors(tmp_path, change):
     refused(read, tmp_path)
 
 
-@pytest.mark.parametrize("notes", [{}, {"raptor": "{"}, {"raptor": "[" * 10**5}, {"raptor": '{"made_for":' * 10**5}, {"raptor": [1]}, {"raptor": "null"}, {"raptor": {}}, {"raptor": {"step": 1}}, {"raptor": '{"made_for": ' + "9" * 5000 + "}"},
-    {"raptor": {**META, "made_for": "other"}}])
+@pytest.mark.parametrize("notes", [
+    {}, {"raptor": "{"}, {"raptor": "[" * 10**5}, {"raptor": '{"made_for":' * 10**5}, {"raptor": [1]},
+    {"raptor": "null"}, {"raptor": {}}, {"raptor": '{"made_for": ' + "9" * 5000 + "}"},
+    {"raptor": {**META, "made_for": "other"}}, *({"raptor": {k: META[k] for k in META if k != left_out}} for left_out in META)])
 def test_a_checkpoint_with_other_notes(tmp_path, notes):
     write, file, read = LOADERS["checkpoint"]
     write(tmp_path); noted(tmp_path/file, **notes)
@@ -189,11 +201,18 @@ def change_cache(folder, **fields):
         (folder/name/"zarr.json").write_text(json.dumps(array))
 
 @pytest.mark.parametrize("fields,sentence", [
-    (dict(num_images=10**13), "num_images is above"), (dict(num_images=10**8), "2 chunks where 25000000 belong"), (dict(num_images=9), "2 chunks where 3 belong"), (dict(num_images=10**8, chunk_images=10**8), "first chunk"),
-    (dict(num_images=10**13, chunk_images=10**13), "num_images is above"), (dict(num_images=6.0), "num_images is no integer"), (dict(num_images=True, chunk_images=True), "no integer"), (dict(chunk_images=7), "larger than the cache"), (dict(chunk_states=2), "one state or all"), (dict(chunk_states=True), "one state or all"), (dict(chunk_states=3), "first chunk"), (dict(num_images=-6), "below 1"),
-    (dict(dim=10**12), "dim is above"), (dict(dim=3), "first chunk"), (dict(num_tokens=10**12), "num_tokens is above"), (dict(num_tokens=40), "first chunk"), (dict(depth=10**9, layers=[0, 10**9]), "depth is above"), (dict(layers=[0, 5]), "no span"), (dict(layers=[-3, 2]), "no span"),
-    (dict(layers=[0, 1.0]), "no span"), (dict(num_prefix=10**9), "prefix"), (dict(num_prefix="1"), "prefix"), (dict(has_cls=1), "prefix"), (dict(dtype="object"), "type is unknown"), (dict(targets="O"), "type is unknown"), (dict(targets=["int64"]), "zarr.json"),
-    (dict(fingerprint=3), "no text"), ({"evil\nkey": 1}, "evil key")])
+    (dict(num_images=10**13), "num_images Input should be less"), (dict(num_images=6.0), "num_images .*valid integer"),
+    (dict(num_images=True, chunk_images=True), "num_images .*valid integer"), (dict(num_images=-6), "num_images .*greater"),
+    (dict(num_images=10**8), "2 chunks and needs 25000000"), (dict(num_images=9), "2 chunks and needs 3"),
+    (dict(num_images=10**8, chunk_images=10**8), "first chunk"), (dict(chunk_images=7), "larger than the cache"),
+    (dict(chunk_states=2), "one state or all"), (dict(chunk_states=True), "chunk_states .*valid integer"),
+    (dict(chunk_states=3), "first chunk"), (dict(dim=10**12), "dim .*less"), (dict(dim=3), "first chunk"),
+    (dict(num_tokens=10**12), "num_tokens .*less"), (dict(num_tokens=40), "first chunk"),
+    (dict(depth=10**9, layers=[0, 10**9]), "depth .*less"), (dict(layers=[0, 5]), "not a span"),
+    (dict(layers=[-3, 2]), "not a span"), (dict(layers=[0, 1.0]), "layers.1 .*valid integer"),
+    (dict(num_prefix=10**9), "prefix"), (dict(num_prefix="1"), "prefix"), (dict(has_cls=1), "has_cls"),
+    (dict(dtype="object"), "dtype"), (dict(targets="O"), "targets"), (dict(targets=["int64"]), "targets"),
+    (dict(fingerprint=3), "fingerprint .*valid string"), ({"evil\nkey": 1}, "evil key")])
 def test_a_cache_that_is_larger_than_its_files(tmp_path, fields, sentence):
     folder = make_cache(tmp_path/"cache")
     change_cache(folder, **fields)
@@ -211,7 +230,7 @@ def test_a_description_of_a_cache_that_is_none(tmp_path, file, text):
 def test_a_cache_without_chunks(tmp_path):
     folder = make_cache(tmp_path/"cache")
     (folder/"states"/"c").rename(tmp_path/"elsewhere")
-    refused(read_cache, folder, "0 chunks where 2 belong")
+    refused(read_cache, folder, "0 chunks and needs 2")
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, "9" * 5000, '{"format": ' + "9" * 5000 + "}"])

@@ -1,6 +1,9 @@
-"CIFAR-10, ImageNet and folders, on files made here."
-import errno, hashlib, os, shutil, warnings
+"CIFAR, ImageNet and folders, on files made here."
+import errno, hashlib, os, pickle, shutil, tarfile, tempfile, threading, warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -8,17 +11,19 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import raptor.data.files as image_files
 from raptor.core import RaptorError
-from raptor.data.load import load_dataset
-from raptor.data.files import FileTable, for_each, hash_split, ImageArrays, ImageFiles, read_image, seeded
+from raptor.data.load import files as image_files, load_dataset
+from raptor.data.base import DatasetSpec
+from raptor.data.cifar import SOURCES
+from raptor.data.files import FileDataset, ImageArrays, ImageFiles, read_image
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory, monkeypatch):
-    "Where lists of unreadable files are kept."
+    "Where lists of unreadable files are kept; loader processes that fail leave their folders with pytest's."
     folder = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("RAPTOR_HOME", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.getbasetemp()))
     return folder
 
 
@@ -53,7 +58,7 @@ def photos(tmp_path):
     "Three classes, two photographs each, train and val, 80 x 100."
     for split in ("train", "val"):
         for c, name in enumerate(("n01", "n02", "n03")):
-            for j in range(2): save(tmp_path/f"imagenet/{split}/{name}/{j}.JPEG", noise(80, 100, 10*c + j), format="JPEG")
+            for j in range(2): save(tmp_path/f"imagenet/{split}/{name}/{j}.JPEG", noise(80, 100, 10*c + j))
     return tmp_path
 
 
@@ -61,7 +66,7 @@ def photos(tmp_path):
 
 def test_cifar_val_is_the_last_tenth_of_each_class_and_not_in_train(cifar):
     train, val, test = (load_dataset("cifar10", s, root=cifar) for s in ("train", "val", "test"))
-    names = [set(d.files.table.paths.flat) for d in (train, val, test)]
+    names = [set(d.files.paths.flat) for d in (train, val, test)]
     assert len(names[0] & names[1]) == 0 and (len(train), len(val), len(test)) == (180, 20, 20)
     assert torch.bincount(val.labels).tolist() == [2]*10 and torch.bincount(train.labels).tolist() == [18]*10
     assert val.images[:, 2, 31, 31].tolist() == [12*c + j for c in range(10) for j in (18, 19)]
@@ -82,8 +87,10 @@ def test_cifar_augmentation_is_a_function_of_seed_epoch_and_index(cifar):
     pad = torch.nn.functional.pad(plain.images[18], (4,)*4)
     for epoch in range(12): # shift up to four, mirrored or not
         a.set_epoch(epoch)
-        pixels = (a[18]["image"]*torch.tensor(a.std)[:, None, None] + torch.tensor(a.mean)[:, None, None]).mul(255).round().byte()
-        hit = [(y, x, f) for y in range(9) for x in range(9) for f in (0, 1) if torch.equal(pad[:, y:y + 32, x:x + 32].flip(-1) if f else pad[:, y:y + 32, x:x + 32], pixels)]
+        mean, std = (torch.tensor(v)[:, None, None] for v in (a.mean, a.std))
+        pixels = (a[18]["image"]*std + mean).mul(255).round().byte()
+        windows = {(y, x): pad[:, y:y + 32, x:x + 32] for y in range(9) for x in range(9)}
+        hit = [(*k, f) for k, w in windows.items() for f in (0, 1) if torch.equal(w.flip(-1) if f else w, pixels)]
         assert len(hit) == 1
         seen.add(hit[0])
     assert len(seen) > 8 and {f for _, _, f in seen} == {0, 1}
@@ -104,9 +111,96 @@ def test_limit_keeps_all_classes_in_view(cifar):
     assert torch.equal(data.labels, again.labels) and len(again.images) == 60
 
 
-def test_cifar_with_a_class_missing_is_told(cifar):
-    shutil.rmtree(cifar/"cifar10/test/c3")
-    with pytest.raises(RaptorError, match="9 class folders instead of 10"): load_dataset("cifar10", "test", root=cifar)
+@pytest.mark.parametrize("kind, classes", [("cifar10", 10), ("cifar100", 100)])
+def test_image_files_of_the_wrong_number_of_classes_are_an_error(cifar, kind, classes):
+    if kind == "cifar100": (cifar/"cifar10").rename(cifar/"cifar100")
+    shutil.rmtree(cifar/kind/"test/c3")
+    said = f"{kind}/test has images of 9 classes instead of {classes}"
+    with pytest.raises(RaptorError, match=said): load_dataset(kind, "test", root=cifar)
+
+
+# --- CIFAR in the original archives ---------------------------------------------------------------
+
+def write_archive(folder, kind, monkeypatch):
+    """The original format with 40 training and 10 test images; image i has grey level i in red, 2 i in green, 3 i in
+    blue, and class i % 10 (of 100). torchvision's checksums are replaced by those of these files."""
+    source, hundred = SOURCES[kind], kind == "cifar100"
+    batches = folder/source.base_folder
+    batches.mkdir(parents=True)
+    def write(name, content):
+        (batches/name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((batches/name).read_bytes()).hexdigest()]
+    def images(n): # rows of 1024 red, 1024 green and 1024 blue values
+        pixels = np.arange(n, dtype=np.uint8)[:, None]*np.repeat([1, 2, 3], 1024).astype(np.uint8)
+        return {"data": pixels, "fine_labels" if hundred else "labels": [i % 10 for i in range(n)]}
+    train, test = (("train", 40), ("test", 10)) if hundred else (("data_batch_1", 40), ("test_batch", 10))
+    names = [f"name{c}" for c in range(100 if hundred else 10)]
+    meta = write("meta" if hundred else "batches.meta", {"fine_label_names" if hundred else "label_names": names})
+    monkeypatch.setattr(source, "train_list", [write(train[0], images(train[1]))])
+    monkeypatch.setattr(source, "test_list", [write(test[0], images(test[1]))])
+    monkeypatch.setattr(source, "meta", {**source.meta, "md5": meta[1]})
+    archive = folder/source.filename
+    with tarfile.open(archive, "w:gz") as tar: tar.add(batches, batches.name)
+    monkeypatch.setattr(source, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    shutil.rmtree(batches)
+    return archive
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
+def test_archives_are_unpacked_and_read(tmp_path, monkeypatch, kind):
+    write_archive(tmp_path/kind, kind, monkeypatch)
+    train, val, test = (load_dataset(kind, s, root=tmp_path, train_transform=False) for s in ("train", "val", "test"))
+    assert (tmp_path/kind/SOURCES[kind].base_folder).is_dir()
+    assert (len(train), len(val), len(test)) == (40, 0, 10) # a tenth of four is none
+    assert train.images[7, :, 31, 0].tolist() == [7, 14, 21] and train.labels.tolist() == [*range(10)]*4
+    assert train.size == (32, 32) and train.num_classes == (10 if kind == "cifar10" else 100)
+    assert train.class_names[9] == "name9" and test[3]["target"] == 3
+    mean, std = torch.tensor(test.mean), torch.tensor(test.std)
+    assert torch.allclose(test[3]["image"][:, 5, 5], (torch.tensor([3, 6, 9])/255 - mean)/std)
+    few = load_dataset(kind, "train", root=tmp_path, limit=15, size=48)
+    assert len(few) == 15 and few[0]["image"].shape == (3, 48, 48) and few.fingerprint != train.fingerprint
+    assert few.transform == "shift 4, flip True"
+    assert test.fingerprint == load_dataset(kind, "test", root=tmp_path).fingerprint
+
+
+def test_archives_may_lie_in_the_root_as_torchvision_puts_them(tmp_path, monkeypatch):
+    write_archive(tmp_path, "cifar10", monkeypatch)
+    assert len(load_dataset("cifar10", "test", root=tmp_path)) == 10 and not (tmp_path/"cifar10").exists()
+
+
+@pytest.fixture
+def server(tmp_path):
+    "The address of the files in `server/`."
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_): pass
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path/"server")) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_archives_are_downloaded_only_on_request(tmp_path, monkeypatch, server):
+    archive = write_archive(tmp_path/"server", "cifar10", monkeypatch)
+    monkeypatch.setattr(SOURCES["cifar10"], "url", f"{server}/{archive.name}")
+    said = f"no intact {archive.name} in {tmp_path}/data/cifar10.*put {server}/{archive.name} there"
+    with pytest.raises(RaptorError, match=said) as e: load_dataset("cifar10", "test", root=tmp_path/"data")
+    assert "\n" not in str(e.value) and not (tmp_path/"data").exists()
+    assert len(load_dataset("cifar10", "test", root=tmp_path/"data", download=True)) == 10
+    archive.unlink() # the second time nothing is fetched
+    assert len(load_dataset("cifar10", "train", root=tmp_path/"data", download=True)) == 40
+
+
+def test_damaged_archives_are_an_error(tmp_path, monkeypatch):
+    archive = write_archive(tmp_path/"cifar10", "cifar10", monkeypatch)
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:-9])
+    with pytest.raises(RaptorError, match=f"no intact {archive.name}"): load_dataset("cifar10", "val", root=tmp_path)
+    archive.write_bytes(whole)
+    load_dataset("cifar10", "train", root=tmp_path)
+    (tmp_path/"cifar10/cifar-10-batches-py/data_batch_1").write_bytes(b"")
+    assert len(load_dataset("cifar10", "train", root=tmp_path)) == 40 # unpacked again
+    monkeypatch.setattr(SOURCES["cifar10"], "test_list", [["gone", "0"*32]])
+    with pytest.raises(RaptorError, match="cannot be unpacked"): load_dataset("cifar10", "train", root=tmp_path)
 
 
 # --- ImageNet -------------------------------------------------------------------------------------
@@ -135,7 +229,7 @@ def test_classes_are_numbered_by_the_training_folders(photos):
     val = load_dataset("imagenet", "val", root=photos)
     assert val.labels.tolist() == [0, 0, 2, 2] and val.class_names == ("n01", "n02", "n03")
     save(photos/"imagenet/val/n99/a.png", noise(9, 9))
-    with pytest.raises(RaptorError, match="'n99'"): load_dataset("imagenet", "val", root=photos)
+    with pytest.raises(RaptorError, match="val/n99 has no counterpart"): load_dataset("imagenet", "val", root=photos)
 
 
 def test_training_items_depend_on_seed_epoch_and_index_only(photos):
@@ -153,21 +247,21 @@ def test_training_items_depend_on_seed_epoch_and_index_only(photos):
     assert not torch.equal(load_dataset("imagenet", "train", root=photos, size=32, seed=1)[4]["image"], items[4])
 
 
-def test_drawing_an_item_leaves_the_global_stream_alone(photos):
+def test_drawing_an_item_leaves_the_global_stream_alone(photos, monkeypatch):
     data = load_dataset("imagenet", "train", root=photos, size=32)
     torch.manual_seed(5); wanted = torch.rand(3)
     torch.manual_seed(5); data[0]
     assert torch.equal(torch.rand(3), wanted)
-    with pytest.raises(ZeroDivisionError):
-        with seeded("x"): 1/0
+    monkeypatch.setattr(data, "read", lambda i: 1/0)
     torch.manual_seed(5)
-    with seeded("x"): torch.rand(9)
+    with pytest.raises(ZeroDivisionError): data[0]
     assert torch.equal(torch.rand(3), wanted)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "I;16"])
 def test_every_pillow_mode_gives_three_channels(tmp_path, mode):
-    image = Image.fromarray(np.full((70, 70), 1000, np.uint16)) if mode == "I;16" else Image.fromarray(noise(70, 70)).convert(mode)
+    image = Image.fromarray(noise(70, 70)).convert(mode if mode != "I;16" else "RGB")
+    if mode == "I;16": image = Image.fromarray(np.full((70, 70), 1000, np.uint16))
     path = tmp_path/("a.tif" if mode == "CMYK" else "a.png")
     image.save(path)
     assert read_image(path).mode == "RGB" and read_image(path).size == (70, 70)
@@ -176,17 +270,18 @@ def test_every_pillow_mode_gives_three_channels(tmp_path, mode):
 # --- folders --------------------------------------------------------------------------------------
 
 def test_hash_split_is_fixed_and_about_80_10_10():
-    counts = {s: sum(hash_split(f"class/{i:05}.png") == s for i in range(5000)) for s in ("train", "val", "test")}
+    counts = Counter(image_files._hash_split(f"class/{i:05}.png") for i in range(5000))
     assert abs(counts["train"] - 4000) < 120 and abs(counts["val"] - 500) < 90 and sum(counts.values()) == 5000
     for path in ("cat/1.png", "dog/é.jpg"):
         digit = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 10
-        assert hash_split(path) == {8: "val", 9: "test"}.get(digit, "train")
+        assert image_files._hash_split(path) == {8: "val", 9: "test"}.get(digit, "train")
 
 
 def test_folder_without_splits_is_divided_and_files_never_move(tmp_path):
     for c in ("cat", "dog"):
         for j in range(40): save(tmp_path/c/f"{j}.png", grey(j, 16))
-    def files(): return {s: {os.fsdecode(p) for p in load_dataset(f"folder:{tmp_path}", s).files.table.paths.flat} for s in ("train", "val", "test")}
+    splits = "train", "val", "test"
+    def files(): return {s: set(load_dataset(f"folder:{tmp_path}", s).files.paths.flat) for s in splits}
     before = files()
     assert sum(map(len, before.values())) == 80 == len(set().union(*before.values()))
     for j in range(40, 60): save(tmp_path/"dog"/f"{j}.png", grey(j, 16))
@@ -199,15 +294,18 @@ def test_folder_with_splits_and_odd_names(tmp_path):
     save(tmp_path/"val/cat/3.png", grey(9, 16)); save(tmp_path/"train/cat/.hidden.png", grey(9, 16))
     (tmp_path/"train/cat/notes.txt").write_text("no image")
     train, val = (load_dataset(f"folder:{tmp_path.name}", s, root=tmp_path.parent) for s in ("train", "val"))
-    assert train.class_names == ("cat", "ein Hund") and train.labels.tolist() == [0, 1] and train.images[:, 0, 0, 0].tolist() == [8, 7]
+    assert train.class_names == ("cat", "ein Hund") and train.labels.tolist() == [0, 1]
+    assert train.images[:, 0, 0, 0].tolist() == [8, 7]
     assert val.labels.tolist() == [0] and val.size == (16, 16) and val.name == f"folder:{tmp_path.name}"
-    with pytest.raises(RaptorError, match="there is no folder .*test"): load_dataset(f"folder:{tmp_path}", "test")
+    with pytest.raises(RaptorError, match="no class folders in .*test"): load_dataset(f"folder:{tmp_path}", "test")
 
 
 def test_small_folders_stay_in_memory_large_ones_do_not(tmp_path):
-    for j in range(3): save(tmp_path/f"a/val/c/{j}.png", noise(64, 48, j)); save(tmp_path/f"b/val/c/{j}.png", noise(65, 48, j))
+    for j in range(3):
+        for folder, h in (("a", 64), ("b", 65)): save(tmp_path/f"{folder}/val/c/{j}.png", noise(h, 48, j))
     a, b = (load_dataset(f"folder:{tmp_path/x}", "val") for x in "ab")
-    assert isinstance(a, ImageArrays) and a.size == (64, 48) and isinstance(b, ImageFiles) and b.size == (224, 224)
+    assert isinstance(a, ImageArrays) and a.size == (64, 48)
+    assert isinstance(b, ImageFiles) and b.size == (224, 224)
     assert load_dataset(f"folder:{tmp_path/'b'}", "val", size=30)[0]["image"].shape == (3, 30, 30)
 
 
@@ -217,11 +315,12 @@ def test_small_images_of_other_sizes_are_resized(tmp_path):
     assert data.images.shape == (2, 3, 20, 20) and data.images[:, 0].float().mean((1, 2)).tolist() == [50, 90]
 
 
-def test_nothing_there_is_told_with_the_path(tmp_path):
-    for name, said in (("imagenet", "imagenet/val"), ("cifar10", "cifar10/train"), (f"folder:{tmp_path/'x'}", "x")):
-        with pytest.raises(RaptorError, match=f"there is no folder {tmp_path}.*{said}"): load_dataset(name, "val", root=tmp_path)
+def test_missing_data_are_an_error_that_names_the_path(tmp_path):
+    for name, said in (("imagenet", "imagenet/val"), (f"folder:{tmp_path/'x'}", "x")):
+        with pytest.raises(RaptorError, match=f"no class folders in {tmp_path}.*{said}"):
+            load_dataset(name, "val", root=tmp_path)
     (tmp_path/"imagenet/val").mkdir(parents=True)
-    with pytest.raises(RaptorError, match="has no class folders"): load_dataset("imagenet", "val", root=tmp_path)
+    with pytest.raises(RaptorError, match="there are no class folders"): load_dataset("imagenet", "val", root=tmp_path)
     (tmp_path/"imagenet/val/n01").mkdir()
     with pytest.raises(RaptorError, match="no images for imagenet val"): load_dataset("imagenet", "val", root=tmp_path)
 
@@ -243,12 +342,13 @@ def test_missing_image_is_named(photos):
     with pytest.raises(RaptorError, match="n01/0.JPEG does not exist"): data[0]
 
 
-@pytest.mark.parametrize("break_it", [truncate, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"text"), lambda p: p.write_bytes(p.read_bytes()[:60])])
+@pytest.mark.parametrize("break_it", [truncate, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"text"),
+    lambda p: p.write_bytes(p.read_bytes()[:60])])
 @pytest.mark.parametrize("form", ["png", "jpg"])
 def test_every_kind_of_damage_is_one_sentence(tmp_path, break_it, form):
     path = save(tmp_path/f"bad.{form}", noise(40, 40))
     break_it(path)
-    with pytest.raises(RaptorError, match=f"cannot decode .*bad.{form}") as e: read_image(path)
+    with pytest.raises(RaptorError, match=f"bad.{form} cannot be decoded") as e: read_image(path)
     assert "\n" not in str(e.value)
 
 
@@ -260,7 +360,8 @@ def test_skip_leaves_out_counts_names_and_warns_once(photos, home):
         warnings.simplefilter("always")
         data = load_dataset("imagenet", "val", root=photos, size=32, on_error="skip")
     list_of_them, = (home/"unreadable").glob("*.json")
-    assert [str(w.message) for w in caught] == [f"imagenet val: left out 2 unreadable items of 6 (val/n02/0.JPEG, val/n02/1.JPEG); they are listed in {list_of_them}, delete it to have all files looked at again"]
+    assert [str(w.message) for w in caught] == ["imagenet val: left out 2 unreadable items of 6 "
+        f"(val/n02/0.JPEG, val/n02/1.JPEG); delete the list {list_of_them} to read all files again"]
     assert [Path(p).name for p in data.skipped] == ["0.JPEG", "1.JPEG"] and data.labels.tolist() == [0, 0, 2, 2]
     assert torch.equal(data[2]["image"], before[0]) and data.fingerprint != before[1]
     assert len(list(DataLoader(data, batch_size=3, num_workers=1))) == 2
@@ -270,7 +371,7 @@ def test_skip_leaves_out_counts_names_and_warns_once(photos, home):
 def test_skip_with_all_files_broken_is_an_error(photos, time):
     for p in (photos/"imagenet/val").rglob("*.JPEG"): p.write_bytes(b"")
     if time == "second": test_skip_with_all_files_broken_is_an_error(photos, "first")
-    with pytest.raises(RaptorError, match="none of the 6 images.*n01/0.JPEG"): load_dataset("imagenet", "val", root=photos, on_error="skip")
+    with pytest.raises(RaptorError, match="none of 6 images.*n01/0.JPEG"): skipping(photos)
 
 
 @pytest.fixture
@@ -290,16 +391,22 @@ def skipping(root, **kwargs):
 
 def test_unreadable_files_are_looked_for_once(photos, decoded):
     bad = photos/"imagenet/val/n02/0.JPEG"
-    whole = bad.read_bytes(); truncate(bad)
+    whole = bad.read_bytes()
+    truncate(bad)
     first = skipping(photos)
-    assert len(decoded) == 6; decoded.clear()
+    assert len(decoded) == 6
+    decoded.clear()
     again = skipping(photos)
     assert decoded == [] and again.skipped == first.skipped == [str(bad)] and again.fingerprint == first.fingerprint
     assert torch.equal(again.labels, first.labels) and len(again) == 5
-    with pytest.warns(UserWarning, match="left out 1 unreadable items of 6 .val/n02/0.JPEG"): load_dataset("imagenet", "val", root=photos, on_error="skip")
-    assert len(skipping(photos, limit=3)) + len(skipping(photos, limit=3).skipped) == 3 and len(decoded) == 3; decoded.clear() # another table: its own list
-    bad.write_bytes(whole) # mended: its size tells
-    assert skipping(photos).skipped == [] and len(decoded) == 6; decoded.clear()
+    with pytest.warns(UserWarning, match="left out 1 unreadable items of 6 .val/n02/0.JPEG"):
+        load_dataset("imagenet", "val", root=photos, on_error="skip")
+    few = [skipping(photos, limit=3) for _ in range(2)]
+    assert {len(data) + len(data.skipped) for data in few} == {3} == {len(decoded)} # a list of their own
+    decoded.clear()
+    bad.write_bytes(whole) # repaired: its size differs
+    assert skipping(photos).skipped == [] and len(decoded) == 6
+    decoded.clear()
     assert len(skipping(photos)) == 6 and decoded == []
     shutil.rmtree(photos/"imagenet/val/n03")
     assert len(skipping(photos)) == 4 == len(decoded)
@@ -308,45 +415,54 @@ def test_unreadable_files_are_looked_for_once(photos, decoded):
 @pytest.mark.filterwarnings("ignore:imagenet val. left out 1")
 def test_processes_that_open_a_data_set_together_decode_it_once(photos, decoded):
     truncate(photos/"imagenet/val/n01/1.JPEG")
-    with ThreadPoolExecutor(4) as pool: sets = list(pool.map(lambda _: load_dataset("imagenet", "val", root=photos, on_error="skip"), range(4)))
+    def load(_): return load_dataset("imagenet", "val", root=photos, on_error="skip")
+    with ThreadPoolExecutor(4) as pool: sets = list(pool.map(load, range(4)))
     assert len(decoded) == 6 and {len(s.skipped) for s in sets} == {1}
 
 
 def test_the_list_lies_beside_the_data_where_runs_cannot_be_written(photos, decoded, monkeypatch, home):
-    (home/"file").write_text(""); monkeypatch.setenv("RAPTOR_HOME", str(home/"file"/"below"))
+    (home/"file").write_text("")
+    monkeypatch.setenv("RAPTOR_HOME", str(home/"file"/"below"))
     truncate(photos/"imagenet/val/n01/0.JPEG")
-    assert len(skipping(photos).skipped) == 1 == len(list((photos/"imagenet/.unreadable").glob("*.json"))); decoded.clear()
+    assert len(skipping(photos).skipped) == 1 == len(list((photos/"imagenet/.unreadable").glob("*.json")))
+    decoded.clear()
     assert len(skipping(photos).skipped) == 1 and decoded == []
     shutil.rmtree(photos/"imagenet/.unreadable")
     def refuse(folder): raise RaptorError("read-only")
     monkeypatch.setattr(image_files, "check_writable", refuse)
-    for _ in range(2): # nowhere to keep it: said, and looked for again
-        with pytest.warns(UserWarning, match="n01/0.JPEG.; the list could not be kept"): load_dataset("imagenet", "val", root=photos, on_error="skip")
+    for _ in range(2): # nowhere to keep it: a warning says so, and all files are read again
+        with pytest.warns(UserWarning, match="n01/0.JPEG.; their list cannot be saved"):
+            load_dataset("imagenet", "val", root=photos, on_error="skip")
     assert len(decoded) == 12
 
 
 @pytest.mark.parametrize("damage", ["", "[1]", '{"positions": [6]}', '{"positions": ["0"]}', '{"positions": 3}'])
 def test_a_damaged_list_is_made_again(photos, decoded, home, damage):
-    truncate(photos/"imagenet/val/n01/0.JPEG"); skipping(photos)
-    path, = (home/"unreadable").glob("*.json"); kept = path.read_text()
-    path.write_text(damage); decoded.clear()
+    truncate(photos/"imagenet/val/n01/0.JPEG")
+    skipping(photos)
+    path, = (home/"unreadable").glob("*.json")
+    kept = path.read_text()
+    path.write_text(damage)
+    decoded.clear()
     assert len(skipping(photos).skipped) == 1 and len(decoded) == 6 and path.read_text() == kept
 
 
 def test_what_a_disk_refuses_for_the_moment_is_not_remembered(photos, monkeypatch, home):
     real = image_files.read_image
     def fails(path, *a):
-        if path.name == "1.JPEG": raise RaptorError("cannot decode") from OSError(errno.EIO, "Input/output error")
+        if path.name == "1.JPEG": raise RaptorError("no image") from OSError(errno.EIO, "Input/output error")
         return real(path, *a)
     monkeypatch.setattr(image_files, "read_image", fails)
     assert len(skipping(photos).skipped) == 3 and not list((home/"unreadable").glob("*.json"))
-    monkeypatch.undo(); monkeypatch.setenv("RAPTOR_HOME", str(home))
+    monkeypatch.undo()
+    monkeypatch.setenv("RAPTOR_HOME", str(home))
     assert skipping(photos).skipped == []
 
 
 def test_skip_in_memory(cifar):
     (cifar/"cifar10/test/c4/0001.png").write_bytes(b"")
-    with pytest.warns(UserWarning, match="left out 1"): data = load_dataset("cifar10", "test", root=cifar, on_error="skip")
+    with pytest.warns(UserWarning, match="left out 1"):
+        data = load_dataset("cifar10", "test", root=cifar, on_error="skip")
     assert len(data.skipped) == 1 and data.images.shape[0] == 19 == len(data.labels)
     with pytest.raises(RaptorError, match="c4/0001.png"): load_dataset("cifar10", "test", root=cifar)[0]
 
@@ -367,12 +483,15 @@ def test_fingerprint_is_that_of_the_files_not_of_the_place(photos, tmp_path):
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.text("abcäß日 .-", min_size=1), st.text("xyz/", min_size=1)), min_size=1, max_size=5))
 def test_paths_survive_the_table(rows):
-    table = FileTable("/data", rows)
-    assert [table[i] for i in range(len(table))] == [[Path("/data")/f for f in row] for row in rows]
+    spec = DatasetSpec("folder:x", "val", "classification", (8, 8), (0,)*3, (1,)*3, False, None, 0)
+    data = FileDataset(spec, "/data", rows)
+    assert [data.files(i) for i in range(len(data))] == [[Path("/data")/f for f in row] for row in rows]
 
 
-def test_for_each_keeps_order_and_stops_at_the_first_error():
-    assert for_each(lambda i: -i, 1000, "x") == [-i for i in range(1000)]
+def test_threads_stop_at_the_first_error():
+    called = set()
     def fails(i):
+        called.add(i)
         if i == 700: raise RaptorError("seven hundred")
-    with pytest.raises(RaptorError, match="seven hundred"): for_each(fails, 10000, "x")
+    with pytest.raises(RaptorError, match="seven hundred"): image_files._for_each(fails, 10**6, "x")
+    assert len(called) < 10**6 # the calls that wait are cancelled

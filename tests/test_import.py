@@ -5,7 +5,7 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from raptor.model.raptor import authors as author_checkpoint, Raptor
+from raptor.model.raptor import Raptor, authors as author_checkpoint
 from raptor.model.authors import import_author_checkpoint, read_pickle
 from raptor.model.block import RecurrentBlock
 from raptor.core import RaptorError

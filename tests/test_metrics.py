@@ -8,9 +8,9 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import confusion_matrix, jaccard_score, r2_score as sklearn_r2
 
 from raptor.core import RaptorError
-from raptor.probes.heads import probe_task, PROBE_TASKS
+from raptor.probes.heads import PROBE_TASKS, probe_task
 from raptor.probes.metrics import (
-    depth_rmse, DepthMeter, IoUMeter, mean_iou, merge_meters, r2_score, R2Meter, top1, TopOneMeter
+    DepthMeter, IoUMeter, R2Meter, TopOneMeter, depth_rmse, mean_iou, merge_meters, r2_score, top1
 )
 
 quick = settings(max_examples=30, deadline=None)

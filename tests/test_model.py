@@ -16,18 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from raptor.core import RaptorError
-from raptor.model import hub, tensors
+from raptor.model.raptor import Raptor, hub, tensors
 from raptor.model.as_backbone import RaptorBackbone
 from raptor.model.block import (
-    BlockConfig,
-    RecurrentBlock,
-    attend,
-    block_flops,
-    flop_matched_hidden,
-    load_block,
-    save_block,
+    BlockConfig, RecurrentBlock, attend, block_flops, flop_matched_hidden, load_block, save_block
 )
-from raptor.model.raptor import Raptor
 from raptor.model.tensors import NOTE, fill, read_note, weights_digest, write_tensors
 from raptor.phases import FragmentedPhases, Phases
 

@@ -9,13 +9,13 @@ import yaml
 from safetensors import safe_open
 
 import paper_files
-from raptor.model.block import block_flops, load_block, RecurrentBlock
-from raptor.core import paper_root, RaptorError
+from raptor.model.block import RecurrentBlock, block_flops, load_block
+from raptor.core import RaptorError, paper_root
 from raptor.data.load import load_dataset
 from raptor.model.raptor import Raptor
 from raptor.pipeline.needs import check_files, costs, data_uses, profile_path, run_needs
 from raptor.study.presets import all_runs, load_preset, preset_path
-from raptor.study.study import Spliced, Study
+from raptor.study.study import Study
 from raptor.train.stages import TrainConfig
 
 
@@ -127,7 +127,7 @@ def test_images_are_normalised_for_the_model_that_sees_them(at):
 def test_unreadable_images_may_be_skipped_by_choice(at, tmp_path, monkeypatch):
     root = paper_files.make(tmp_path/"broken"); monkeypatch.setenv("RAPTOR_DATA", str(root))
     study = Study.open(changed(at))
-    first = study.dataset("test").table[0][0]; first.write_bytes(first.read_bytes()[:100])
+    first = study.dataset("test").files(0)[0]; first.write_bytes(first.read_bytes()[:100])
     with pytest.raises(RaptorError, match=str(first)): check_files(study.preset)
     values = yaml.safe_load((at/"small.yaml").read_text())
     values["data"]["on_error"] = values["probes"]["classification"]["data"]["on_error"] = "skip"; (at/"small.yaml").write_text(yaml.safe_dump(values))
@@ -143,7 +143,7 @@ def test_a_list_that_leads_out_of_its_folder_is_refused(data, tmp_path, row):
 
 
 # told before any work -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("gone,words", [("imagenet/val", "imagenet val: there is no folder"), ("ADEChallengeData2016/annotations/training", "there is no folder"), ("nyuv2/data/nyu2_test.csv", "there is no")])
+@pytest.mark.parametrize("gone,words", [("imagenet/val", "imagenet val: there are no class folders"), ("ADEChallengeData2016/annotations/training", "there is no folder"), ("nyuv2/data/nyu2_test.csv", "there is no")])
 def test_a_missing_part_is_named_before_any_work(data, tmp_path, gone, words):
     shutil.copytree(data, tmp_path/"data", symlinks=True)
     (tmp_path/"data"/gone).rename(tmp_path/"elsewhere")
@@ -156,7 +156,7 @@ def test_a_missing_weight_file_is_named_before_any_work(at):
     preset = load_preset(changed(at, teacher__weights="nowhere/model.safetensors"))
     with pytest.raises(RaptorError, match="teacher: there is no file .*data.*/nowhere/model.safetensors"): check_files(preset)
     preset = load_preset(changed(at, teacher__head="https://localhost:1/head.pth"))
-    with pytest.raises(RaptorError, match="could not be fetched .* put it at .*weights/head.pth"): check_files(preset)
+    with pytest.raises(RaptorError, match="could not be downloaded .* put it at .*weights/head.pth"): check_files(preset)
 
 
 def test_every_use_of_data_is_opened(at):
@@ -200,15 +200,6 @@ def test_the_whole_graph_in_the_papers_formats(at):
     assert set(table["row"]) == {"Teacher", "Raptor k=2"} and set(table.metric) == {"top1", "miou", "rmse"} and table["mean"].notna().all()
     history = study.load_tables("blocks/0-7-r0/history.csv").dropna(subset=["own_top1"])
     assert history.step.tolist() == [2, 4] and history.r2_end.lt(1).all(), "validated on the way: the teacher's remaining layers, its official head, R2 of the end state"
-
-
-def test_a_block_is_validated_in_its_place(at):
-    "With the teacher's own layers in the place of the block, the spliced model is the teacher."
-    study = Study.open("dinov2_reduced")
-    backbone, images = study.teacher(), study.dataset("test").get_batch(range(2))["image"]
-    own = torch.nn.Module(); own.advance = backbone.advance
-    with torch.no_grad(): torch.testing.assert_close(Spliced(backbone, own, (4, 9)).features(images), backbone.features(images))
-    assert study.validation(own, (4, 9), backbone, TrainConfig()) is None, "unless the preset asks for it"
 
 
 def test_cifar10_teacher_is_trained_on_its_one_task(at):

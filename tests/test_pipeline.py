@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import raptor.pipeline.cli as pipeline
 from raptor.study.controls import control_runs
-from raptor.core import paper_root, RaptorError
+from raptor.core import RaptorError, paper_root
 from raptor.study.presets import all_runs, load_preset, preset_path
 
 

@@ -13,7 +13,7 @@ from raptor.model.raptor import Raptor
 from raptor.phases import Phases
 from raptor.probes.heads import probe_task
 from raptor.probes.train import (
-    evaluate_heads, FeatureTable, fidelity, load_head, ordered_batches, plain_attention, ProbeConfig, save_head,
+    FeatureTable, ProbeConfig, evaluate_heads, fidelity, load_head, ordered_batches, plain_attention, save_head,
     shuffled_batches, train_probe, train_teacher
 )
 from raptor.train.fit import FitConfig

@@ -1,5 +1,6 @@
-"""Losses with the right signs, schedules by hand, and a loop that a killed process can re-enter."""
+"""Losses of known value and sign, schedules, the loop against plain torch, and runs that are killed and resumed."""
 import json, os, signal, subprocess, sys, textwrap, time
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -12,23 +13,24 @@ from raptor.core import RaptorError, seed_everything, seed_for
 from raptor.model.block import RecurrentBlock
 from raptor.model.raptor import Raptor
 from raptor.phases import Phases
-from raptor.train.fit import fit, FitConfig, learning_rate, load_checkpoint, save_checkpoint
-from raptor.train.losses import ar_loss, StateLoss, teacher_weight, tf_loss
-from raptor.train.stages import benchmark_step, SpanObjective, train_raptor, train_span, TrainConfig
+from raptor.train.fit import FitConfig, Trainer, fit, learning_rate, load_checkpoint, save_checkpoint
+from raptor.train.losses import StateLoss, ar_loss, tf_loss
+from raptor.train.stages import SpanObjective, TrainConfig, benchmark_step, train_raptor, train_span
 
 
 class Rotating:
     "Six layers that turn every token by the same angle in the plane of its first two coordinates."
     depth, num_prefix, has_cls, num_images, fingerprint = 6, 1, True, 64, "rotating"
 
-    def batches(self, batch_size, *, start=0, end=None, seed=None, first_step=0, steps=None, rank=0, world=1, device=None, **_):
+    def batches(self, batch_size, *, start=0, end=None, seed=None, first_step=0, steps=None, **_):
         angles = torch.arange(self.depth + 1) * 0.3
-        turn = torch.stack([torch.stack([angles.cos(), -angles.sin()], -1), torch.stack([angles.sin(), angles.cos()], -1)], -2)
+        cos, sin = angles.cos(), angles.sin()
+        turn = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
         for step in range(first_step, steps):
             x = torch.randn(batch_size, 5, 8, generator=torch.Generator().manual_seed(seed_for(seed, step)))
             plane = torch.einsum("lij,bnj->blni", turn, x[..., :2])
             states = torch.cat([plane, x[:, None, :, 2:].expand(-1, self.depth + 1, -1, -1)], -1)
-            yield states[rank * batch_size // world:(rank + 1) * batch_size // world, start:(self.depth if end is None else end) + 1]
+            yield states[:, start:(self.depth if end is None else end) + 1]
 
 
 def new_block(seed=1): seed_everything(seed); return RecurrentBlock(8, 2, layer_scale=0.1)
@@ -53,9 +55,11 @@ def test_descending_the_cosine_loss_aligns_the_states():
     assert torch.cosine_similarity(y, x, dim=-1).mean() > max(0.95, before)
 
 
-@pytest.mark.parametrize("prefix,has_cls,kind,weight", [(5, True, 0, 0.34), (5, True, 2, 0.33), (5, True, 8, 0.33), (1, True, 0, 0.34 / 0.67), (0, False, 3, 1.0), (4, False, 1, 0.5)])
+@pytest.mark.parametrize("prefix,has_cls,kind,weight", [
+    (5, True, 0, 0.34), (5, True, 2, 0.33), (5, True, 8, 0.33), (1, True, 0, 0.34 / 0.67),
+    (0, False, 3, 1.0), (4, False, 1, 0.5)])
 def test_weights_of_token_kinds(prefix, has_cls, kind, weight):
-    "An error of 1 on all tokens of one kind costs the share of that kind; kinds that do not exist hand theirs on."
+    "An error of 1 on all tokens of one kind costs the weight of that kind; missing kinds pass theirs on."
     x, y = torch.zeros(2, 1, 12, 4), torch.zeros(2, 1, 12, 4)
     cls = int(has_cls)
     tokens = slice(0, cls) if kind < cls else slice(cls, prefix) if kind < prefix else slice(prefix, 12)
@@ -64,9 +68,9 @@ def test_weights_of_token_kinds(prefix, has_cls, kind, weight):
 
 
 def test_weights_that_reach_no_token_are_refused():
-    with pytest.raises(RaptorError, match="no weight"): StateLoss("weighted", (1, 0, 0), 0, False)(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))
+    x = torch.zeros(1, 1, 3, 2)
+    with pytest.raises(RaptorError, match="no weight"): StateLoss("weighted", (1, 0, 0), 0, False)(x, x)
     with pytest.raises(RaptorError, match="three numbers"): StateLoss("weighted", (1, -1, 1))
-    with pytest.raises(RaptorError, match="did you mean 'weighted'"): StateLoss("weigthed")
 
 
 def test_teacher_forcing_and_autoregression_by_hand():
@@ -85,10 +89,6 @@ def test_a_perfect_model_has_no_loss():
 
 
 # schedules ------------------------------------------------------------------------------------------------------------
-def test_lambda_falls_linearly_over_the_first_quarter():
-    assert [teacher_weight(s, 400) for s in (0, 50, 99, 100, 399)] == pytest.approx([1, 0.5, 0.01, 0, 0])
-
-
 @given(st.integers(2, 500), st.integers(0, 400), st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
 def test_learning_rate_stays_in_its_bounds(steps, warmup, start):
@@ -100,15 +100,14 @@ def test_learning_rate_stays_in_its_bounds(steps, warmup, start):
 
 
 def test_configurations_that_cannot_train_are_refused():
-    for bad in (dict(steps=0), dict(batch_size=0), dict(lr=0.0)):
-        with pytest.raises(RaptorError): FitConfig(**bad)
-    with pytest.raises(RaptorError, match="did you mean 'cosine'"): FitConfig(schedule="cosin")
+    for bad in (dict(steps=0), dict(batch_size=0), dict(log_every=0), dict(lr=0.0)):
+        with pytest.raises(RaptorError, match=f"{next(iter(bad))} is 0"): FitConfig(**bad)
 
 
 # the loop -------------------------------------------------------------------------------------------------------------
 def test_one_step_is_adamw_with_clipping():
     "The first step against the same step written out with torch alone."
-    config = TrainConfig(steps=1, batch_size=16, lr=1e-2, min_lr=1e-2, warmup=0, clip=0.1, weight_decay=0.1, forcing="free")
+    config = TrainConfig(steps=1, batch_size=16, lr=1e-2, warmup=0, clip=0.1, weight_decay=0.1, forcing="free")
     ours, reference = new_block(), new_block()
     train_span(Rotating(), ours, (0, 3), config)
     states = next(Rotating().batches(16, start=0, end=3, seed=0, steps=1))
@@ -133,14 +132,35 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not():
     a, b, c = new_block(), new_block(), new_block()
     train_span(Rotating(), a, (0, 3), SHORT)
     train_span(Rotating(), b, (0, 3), SHORT)
-    train_span(Rotating(), c, (0, 3), TrainConfig(**{**SHORT.__dict__, "seed": 9}))
+    train_span(Rotating(), c, (0, 3), replace(SHORT, seed=9))
     assert same(weights(a), weights(b)) and not same(weights(a), weights(c))
 
 
-def test_noise_is_a_function_of_seed_and_step():
+def test_noise_is_a_function_of_seed_and_step(monkeypatch):
+    states = torch.zeros(64, 3, 5, 8)
+    def noise(step=0, seed=0, rank=0):
+        monkeypatch.setenv("RANK", str(rank))
+        torch.rand(7) # another state of the global generator changes nothing
+        return SpanObjective(new_block(), 0, TrainConfig(noise=0.1, seed=seed)).noisy(states, step)
+    drawn = [noise(), noise(step=1), noise(step=2), noise(seed=1), noise(rank=1)]
+    assert torch.equal(noise(), drawn[0]) and float(drawn[0].std()) == pytest.approx(0.1, rel=0.05)
+    correlation = torch.corrcoef(torch.stack([n.flatten() for n in drawn]))
+    assert (correlation - torch.eye(5)).abs().max() < 0.05 # 7,680 numbers: four standard deviations of independent ones
+
+
+def test_noise_enters_the_inputs_and_not_the_targets():
+    seen, states = [], torch.randn(2, 3, 5, 8)
+    class Copy(nn.Module):
+        def predict_next(self, x, start): seen.append(x); return states[:, 1:]
+    objective = SpanObjective(Copy(), 0, TrainConfig(noise=0.1, forcing="teacher"))
+    assert objective(states, 4)["loss"] == 0 and torch.equal(seen[0], objective.noisy(states, 4))
+
+
+def test_a_noisy_run_is_reproducible():
     a, b = new_block(), new_block()
-    noisy = TrainConfig(**{**SHORT.__dict__, "noise": 0.1})
-    train_span(Rotating(), a, (0, 3), noisy); torch.rand(7); train_span(Rotating(), b, (0, 3), noisy)
+    train_span(Rotating(), a, (0, 3), replace(SHORT, noise=0.1))
+    torch.rand(7)
+    train_span(Rotating(), b, (0, 3), replace(SHORT, noise=0.1))
     assert same(weights(a), weights(b))
 
 
@@ -148,17 +168,11 @@ def test_stage_two_trains_every_block():
     seed_everything(0)
     raptor = Raptor.create(Phases((2, 6)), 8, 2, layer_scale=0.1)
     before = weights(raptor)
-    history = train_raptor(Rotating(), raptor, TrainConfig(steps=40, batch_size=16, lr=1e-2, warmup=4, log_every=10, forcing="free", loss="weighted", token_weights=(0.45, 0.1, 0.45)))
+    config = replace(SHORT, steps=40, forcing="free", loss="weighted", token_weights=(0.45, 0.1, 0.45))
+    history = train_raptor(Rotating(), raptor, config)
     assert history.loss.iloc[-1] < history.loss.iloc[0] and "tf" not in history
-    assert all(any(not torch.equal(v, before[k]) for k, v in raptor.state_dict().items() if k.startswith(f"blocks.{j}.")) for j in (0, 1))
-
-
-def test_spans_outside_the_depth_and_short_data_are_refused():
-    with pytest.raises(RaptorError, match="does not lie in 0..6"): train_span(Rotating(), new_block(), (4, 9), SHORT)
-    with pytest.raises(RaptorError, match="depth 4"): train_raptor(Rotating(), Raptor.create(Phases((2, 4)), 8, 2), SHORT)
-    class Short(Rotating):
-        def batches(self, *a, **k): return iter(list(super().batches(*a, **k))[:5])
-    with pytest.raises(RaptorError, match="ended at step 5 of 30"): train_span(Short(), new_block(), (0, 3), SHORT)
+    changed = {k.split(".")[1] for k, v in raptor.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"0", "1"}
 
 
 def test_a_diverging_run_stops_with_its_step():
@@ -167,21 +181,40 @@ def test_a_diverging_run_stops_with_its_step():
     with pytest.raises(RaptorError, match="loss is nan at step 10"): train_span(Bad(), new_block(), (0, 3), SHORT)
 
 
-def test_evaluations_stand_in_the_history_at_their_steps():
-    history = train_span(Rotating(), new_block(), (0, 3), TrainConfig(**{**SHORT.__dict__, "eval_every": 10}), evaluate=lambda step: {"score": float(step)})
+def test_evaluations_are_rows_of_the_history_and_leave_the_model_in_training_mode():
+    block, modes = new_block(), []
+    class Watched(Rotating):
+        def batches(self, *a, **k):
+            for batch in super().batches(*a, **k): modes.append(block.training); yield batch
+    def evaluate(step):
+        block.eval()
+        return {"score": float(step)}
+    history = train_span(Watched(), block, (0, 3), replace(SHORT, eval_every=10), evaluate=evaluate)
     assert history.dropna(subset=["score"])[["step", "score"]].values.tolist() == [[10, 10], [20, 20], [30, 30]]
+    assert modes == [True]*30 and not block.training
+
+
+def test_fit_ends_in_training_mode_and_train_span_in_evaluation_mode():
+    for evaluate in (None, lambda step: block.eval() and {"score": 0.0}):
+        objective = SpanObjective(block := new_block(), 0, SHORT)
+        fit(objective, lambda *_: Rotating().batches(16, end=3, seed=0, steps=30), SHORT, evaluate=evaluate)
+        assert block.training
+        train_span(Rotating(), block, (0, 3), SHORT, evaluate=evaluate)
+        assert not block.training and not any(m.training for m in block.modules())
 
 
 # checkpoints ----------------------------------------------------------------------------------------------------------
 def test_a_checkpoint_brings_back_moments_too(tmp_path):
     block = new_block(); optimizer = torch.optim.AdamW(block.parameters())
     tf_loss(block, torch.randn(2, 3, 5, 8)).backward(); optimizer.step()
-    save_checkpoint(tmp_path/"c.safetensors", block, optimizer, {"step": 1, "made_for": "x"})
+    meta = {"step": 1, "made_for": "x", "history": [], "sums": {}, "count": 0}
+    save_checkpoint(tmp_path/"c.safetensors", block, optimizer, meta)
     other = new_block(5); again = torch.optim.AdamW(other.parameters())
-    assert load_checkpoint(tmp_path/"c.safetensors", other, again, "x")["step"] == 1
+    assert load_checkpoint(tmp_path/"c.safetensors", other, again, "x") == meta
     assert same(weights(block), weights(other))
     for p, q in zip(block.parameters(), other.parameters()):
-        assert torch.equal(optimizer.state[p]["exp_avg_sq"], again.state[q]["exp_avg_sq"]) and float(again.state[q]["step"]) == 1
+        assert torch.equal(optimizer.state[p]["exp_avg_sq"], again.state[q]["exp_avg_sq"])
+        assert float(again.state[q]["step"]) == 1
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
@@ -193,7 +226,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     elif damage == "flip": data[4] ^= 0xff # the header's length
     else: data = b""
     path.write_bytes(data)
-    with pytest.raises(RaptorError, match="checkpoint.safetensors is damaged"): train_span(Rotating(), new_block(), (0, 3), SHORT, tmp_path)
+    with pytest.raises(RaptorError, match="checkpoint.safetensors is damaged"):
+        train_span(Rotating(), new_block(), (0, 3), SHORT, tmp_path)
 
 
 @pytest.mark.parametrize("change", ["span", "data", "config", "model"])
@@ -202,9 +236,16 @@ def test_a_checkpoint_made_for_something_else_is_refused(tmp_path, change):
     source, span, config, block = Rotating(), (0, 3), SHORT, new_block()
     if change == "span": span = (1, 4)
     if change == "data": source.fingerprint = "other"
-    if change == "config": config = TrainConfig(**{**SHORT.__dict__, "lr": 2e-2})
+    if change == "config": config = replace(SHORT, lr=2e-2)
     if change == "model": block = RecurrentBlock(8, 2, mlp="gelu")
-    with pytest.raises(RaptorError, match="made for another run"): train_span(source, block, span, config, tmp_path)
+    with pytest.raises(RaptorError, match="belongs to another run"): train_span(source, block, span, config, tmp_path)
+
+
+def test_evaluation_batches_may_change_between_two_starts_and_the_seed_may_not():
+    @dataclass(frozen=True)
+    class Config(FitConfig): eval_batch_size:int = 8
+    first, same, other = (Trainer(new_block(), Config(**c)) for c in ({}, {"eval_batch_size": 16}, {"seed": 1}))
+    assert first.made_for == same.made_for != other.made_for
 
 
 WORKER = """
@@ -218,36 +259,38 @@ WORKER = """
         def batches(self, *a, **k):
             for b in super().batches(*a, **k): time.sleep(float(sys.argv[2])); yield b
     block = new_block()
-    train_span(Slow(), block, (0, 4), TrainConfig(steps=60, batch_size=8, lr=1e-2, warmup=5, log_every=7, checkpoint_every=10, noise=0.01), sys.argv[1])
+    config = TrainConfig(steps=60, batch_size=8, lr=1e-2, warmup=5, log_every=7, checkpoint_every=10, noise=0.01)
+    train_span(Slow(), block, (0, 4), config, sys.argv[1])
     save_file(block.state_dict(), sys.argv[1] + "/done.safetensors")
 """
 
 
 def start_worker(folder, delay, tests=os.path.dirname(__file__)):
     folder.mkdir(exist_ok=True)
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(WORKER.format(tests=tests)), str(folder), str(delay)], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", textwrap.dedent(WORKER.format(tests=tests)), str(folder), str(delay)]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 
-def wait_for(condition, seconds=60):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "timed out"
-        time.sleep(0.02)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert start_worker(folder, 0).wait() == 0
+    return load_file(folder/"done.safetensors")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_goes_on_and_ends_with_the_same_weights(tmp_path, how):
-    "A real process, a real signal: the second start must reach the weights of a run that nobody touched, bit for bit."
-    whole = start_worker(tmp_path/"whole", 0)
+def test_a_killed_run_resumes_and_ends_with_the_same_weights(tmp_path, how, uninterrupted):
+    "A real process and a real signal: the second start reaches the weights of an uninterrupted run, bit for bit."
     cut = start_worker(tmp_path/"cut", 0.1)
-    wait_for(lambda: (tmp_path/"cut"/"checkpoint.safetensors").exists())
+    while not (tmp_path/"cut"/"checkpoint.safetensors").exists():
+        assert cut.poll() is None
+        time.sleep(0.02)
     time.sleep(0.25) # into the steps after the checkpoint
     cut.send_signal(how)
-    assert cut.wait(20) == (-9 if how == signal.SIGKILL else 143)
+    assert cut.wait() == (-9 if how == signal.SIGKILL else 143)
     assert not (tmp_path/"cut"/"done.safetensors").exists()
-    assert start_worker(tmp_path/"cut", 0).wait(60) == 0 and whole.wait(60) == 0
-    a, b = (load_file(tmp_path/n/"done.safetensors") for n in ("whole", "cut"))
-    assert same(a, b)
+    assert start_worker(tmp_path/"cut", 0).wait() == 0
+    assert same(load_file(tmp_path/"cut"/"done.safetensors"), uninterrupted)
 
 
 def test_checkpoints_hold_no_pickle(tmp_path):
@@ -258,20 +301,24 @@ def test_checkpoints_hold_no_pickle(tmp_path):
 
 
 def test_golden_run():
-    "Ten steps on a fixed seed: the numbers that this code has always given (float32, any x86 or Arm machine)."
-    history = train_span(Rotating(), new_block(), (0, 4), TrainConfig(steps=10, batch_size=8, lr=1e-2, warmup=2, log_every=5))
-    np.testing.assert_allclose(history.loss, GOLDEN, rtol=1e-3)
+    """Ten steps from a fixed seed against recorded losses: a guard against unintended change, no proof of correctness.
+
+    It notices a change of initialisation, data order, loss or update that leaves all other tests valid, and so would
+    change results between versions. A change on purpose records new numbers (float32, any x86 or Arm machine)."""
+    config = TrainConfig(steps=10, batch_size=8, lr=1e-2, warmup=2, log_every=5)
+    history = train_span(Rotating(), new_block(), (0, 4), config)
+    np.testing.assert_allclose(history.loss, [0.081706, 0.102625], rtol=1e-3)
 
 
-GOLDEN = [0.081706, 0.102625]
-
-
-# the shared first step, and the step for a stopwatch -------------------------------------------------------------------
-def raptor_of(ends): seed_everything(2); return Raptor([RecurrentBlock(8, 2, layer_scale=0.3) for _ in ends], Phases(ends))
+# the shared first step, and the step for benchmarks -------------------------------------------------------------------
+def raptor_of(ends, dim=8, heads=2):
+    seed_everything(2)
+    return Raptor([RecurrentBlock(dim, heads, layer_scale=0.3) for _ in ends], Phases(ends))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 0.7, 1.0])
-@pytest.mark.parametrize("make,start,n", [(new_block, 0, 1), (new_block, 2, 4), (lambda: raptor_of((2, 5)), 0, 5), (lambda: raptor_of((1,)), 0, 1)])
+@pytest.mark.parametrize("make,start,n", [
+    (new_block, 0, 1), (new_block, 2, 4), (lambda: raptor_of((2, 5)), 0, 5), (lambda: raptor_of((1,)), 0, 1)])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_sharing_the_first_step_changes_neither_loss_nor_gradient(weight, make, start, n, noise):
     states = torch.randn(3, n + 1, 5, 8, generator=torch.Generator().manual_seed(4))
@@ -280,7 +327,7 @@ def test_sharing_the_first_step_changes_neither_loss_nor_gradient(weight, make, 
     objective.weight = lambda step: weight
     objective(states, 0)["loss"].backward()
     plain = make().double()
-    given = (objective._noisy(states, 0) if noise else states).double()
+    given = (objective.noisy(states, 0) if noise else states).double()
     distance = StateLoss("weighted", config.token_weights)
     forced = distance(plain.predict_next(given, start), states[:, 1:].double())
     rolled = distance(plain.rollout(given[:, 0], start, start + n)[:, 1:], states[:, 1:].double())
@@ -290,7 +337,7 @@ def test_sharing_the_first_step_changes_neither_loss_nor_gradient(weight, make, 
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
-def test_the_step_for_a_stopwatch_is_that_of_the_loop(weight):
+def test_the_step_for_benchmarks_is_that_of_the_loop(weight):
     "One step of `fit` on the same states from the same weights ends with the same weights."
     seed_everything(7)
     timed, states = new_block(), torch.empty(0)
@@ -306,17 +353,18 @@ def test_the_step_for_a_stopwatch_is_that_of_the_loop(weight):
 
 
 @pytest.mark.parametrize("precision,tolerance", [("no", 1e-5), ("bf16", 1e-2)]) # relative
-@pytest.mark.parametrize("make", [lambda: RecurrentBlock(32, 4, layer_scale=0.3), lambda: Raptor([RecurrentBlock(32, 4, layer_scale=0.3) for _ in range(2)], Phases((2, 6)))])
+@pytest.mark.parametrize("make", [lambda: raptor_of((6,), 32, 4).blocks[0], lambda: raptor_of((2, 6), 32, 4)])
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_losses_and_states_of_each_precision_are_those_of_float64(precision, tolerance, make, weight):
-    seed_everything(3); model = make()
-    seed_everything(3); exact = make().double()
+    model, exact = make(), make().double()
     states = torch.randn(3, 7, 9, 32, generator=torch.Generator().manual_seed(5))
     objective = SpanObjective(model, 0, TrainConfig(loss="weighted"))
     objective.weight = lambda step: weight
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"): loss, rolled = objective(states, 0)["loss"], model.rollout(states[:, 0], 0, 6)
     distance, wide = StateLoss("weighted", TrainConfig().token_weights), states.double()
-    parts = [distance(exact.predict_next(wide, 0), wide[:, 1:]), distance(exact.rollout(wide[:, 0], 0, 6)[:, 1:], wide[:, 1:])]
-    assert float(loss.detach()) == pytest.approx(float((weight*parts[0] + (1 - weight)*parts[1]).detach()), rel=tolerance)
-    truth = exact.rollout(wide[:, 0], 0, 6)
-    assert float(((rolled.double() - truth).norm()/truth.norm()).detach()) < tolerance
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss, rolled = objective(states, 0)["loss"], model.rollout(states[:, 0], 0, 6)
+        truth = exact.rollout(wide[:, 0], 0, 6)
+        forced, free = distance(exact.predict_next(wide, 0), wide[:, 1:]), distance(truth[:, 1:], wide[:, 1:])
+    assert float(loss) == pytest.approx(float(weight*forced + (1 - weight)*free), rel=tolerance)
+    assert float((rolled.double() - truth).norm()/truth.norm()) < tolerance

@@ -15,7 +15,6 @@ from .block import Recurrence
 from .raptor import Raptor
 from .tensors import weights_digest
 
-
 # %% ../../nbs/api/model/05_as_backbone.ipynb #c7a555c2
 class RaptorBackbone(Recurrence):
     "A Raptor between the embedding and the final norm of its teacher; `RaptorError` if their depth or width differ."

@@ -16,7 +16,6 @@ from ..phases import FragmentedPhases, Phases
 from .block import MAX_DEPTH, Recurrence, RecurrentBlock, block_flops, load_block, pairs
 from .hub import HubMixin
 
-
 # %% ../../nbs/api/model/04_raptor.ipynb #b8504522
 class Raptor(Recurrence, HubMixin):
     "k recurrent blocks in place of L layers; raises `RaptorError` if blocks and phases do not fit together."

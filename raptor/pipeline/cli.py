@@ -21,7 +21,7 @@ import typer
 import yaml
 
 from .. import __version__
-from ..core import check_name, check_writable, data_root, home_root, RaptorError, usable_cores
+from ..core import RaptorError, check_name, check_writable, data_root, home_root, usable_cores
 from ..study.presets import load_preset, preset_names, preset_schema
 from ..study.study import Study
 from .needs import costs, run_needs

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRELOAD', 'start_server', 'run_job', 'Executor', 'register_executor']
 
-# %% ../../nbs/api/pipeline/04_executor.ipynb #acf69a13
+# %% ../../nbs/api/pipeline/04_executor.ipynb #e97e6e5b
 import multiprocessing
 import os
 import runpy
@@ -22,7 +22,7 @@ from snakemake.executors.local import Executor as LocalExecutor
 from snakemake.executors.local import common_settings  # noqa: F401 (part of the plugin interface)
 from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
-# %% ../../nbs/api/pipeline/04_executor.ipynb #560dc546
+# %% ../../nbs/api/pipeline/04_executor.ipynb #12df1ba7
 PRELOAD = ["raptor.pipeline.cli", "raptor.study.experiments", "raptor.figures.plots", "raptor.analysis.dynamics",
            "raptor.analysis.baselines", "raptor.analysis.cost", "papermill", "execnb.shell", "accelerate", "zarr",
            "torchvision.transforms.v2", "sklearn.datasets"]
@@ -33,7 +33,7 @@ def start_server() -> None:
     quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "GOMP_SPINCOUNT": "30000"}
     with patch.dict(os.environ, quiet): forkserver.ensure_running()
 
-# %% ../../nbs/api/pipeline/04_executor.ipynb #97e74fe0
+# %% ../../nbs/api/pipeline/04_executor.ipynb #3ea2a5e6
 def run_job(
     command:str, # of a rule, as it would be given to a shell
     environment:dict, # of the process that starts the job; the fork server's is older
@@ -52,7 +52,7 @@ def _end_with(process):
     process.join()
     os._exit(143)
 
-# %% ../../nbs/api/pipeline/04_executor.ipynb #763ad40b
+# %% ../../nbs/api/pipeline/04_executor.ipynb #544b481e
 class Executor(LocalExecutor):
     "Snakemake's local executor with jobs that are forked from a process which has imported the libraries."
     def __post_init__(self):
@@ -61,6 +61,7 @@ class Executor(LocalExecutor):
         self.jobs = set()
 
     def run_single_job(self, job) -> Future: # of a job of one rule
+        if not job.shellcmd: return super().run_single_job(job) # a rule that only collects files
         signal.signal(signal.SIGTERM, signal.default_int_handler) # Snakemake's own handler would wait for the jobs
         self.workflow.async_run(job.prepare())
         return self.pool.submit(self._run, job.shellcmd)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from ..core import atomic_path, check_name, paper_root, RaptorError
+from ..core import RaptorError, atomic_path, check_name, paper_root
 
 # %% ../../nbs/api/pipeline/02_notebooks.ipynb #305a46ff
 def notebook_names() -> list[str]: # sorted

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import atomic_path, paper_root, RaptorError
+from ..core import RaptorError, atomic_path, paper_root
 from ..study.results import show_score
 from ..study.study import Study
 

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import yaml
 
-from ..core import atomic_path, check_name, check_writable, paper_root, RaptorError, usable_cores
+from ..core import RaptorError, atomic_path, check_name, check_writable, paper_root, usable_cores
 from ..study.presets import STAGES
 from ..study.study import Study
 from .needs import check_files, costs, describe_data, profile_path, run_needs

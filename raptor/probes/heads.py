@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..core import check_name, RaptorError
-from .metrics import check_ignore, check_labels, DepthMeter, IoUMeter, TopOneMeter
+from ..core import RaptorError, check_name
+from .metrics import DepthMeter, IoUMeter, TopOneMeter, check_ignore, check_labels
 
 # %% ../../nbs/api/probes/01_heads.ipynb #b06ff908
 def split_tokens(

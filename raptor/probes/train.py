@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core import atomic_path, mixed_precision, RaptorError
-from ..train.fit import fit, FitConfig, make_accelerator
-from .heads import probe_task, ProbeTask
-from .metrics import R2Meter
+from ..core import RaptorError, atomic_path, mixed_precision
+from ..train.fit import FitConfig, fit, make_accelerator
 from ..trajectories.order import BatchPlan, image_batches, prefetch
+from .heads import ProbeTask, probe_task
+from .metrics import R2Meter
 
 # %% ../../nbs/api/probes/02_train.ipynb #16a0750c
 def shuffled_batches(

@@ -11,7 +11,6 @@ import pandas as pd
 
 from ..core import check_name, paper_root
 
-
 # %% ../../nbs/api/study/02_results.ipynb #ac6db18e
 def published(name:str, # table1, ablation, segmentations, ...
 ) -> pd.DataFrame:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRICT', 'Count', 'Whole', 'Positive', 'NotNegative', 'Task', 'Precision', 'SETTINGS', 'CommonSettings',
-           'FitSettings', 'TeacherSettings', 'TrainSettings', 'ProbeSettings', 'validated', 'one_sentence', 'known']
+           'FitSettings', 'TeacherSettings', 'TrainSettings', 'ProbeSettings', 'validated', 'one_sentence', 'known',
+           'make_config']
 
 # %% ../../nbs/api/study/00_settings.ipynb #44d1e6ba
 import re
@@ -13,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from ..core import check_name, RaptorError
+from ..core import RaptorError, check_name
 
 # %% ../../nbs/api/study/00_settings.ipynb #5f0c31d8
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -92,7 +93,7 @@ def one_sentence(error:ValidationError, # what pydantic found
     if what == "value_error": return f"{where}: {first['ctx']['error']}"
     if what in ("model_type", "dict_type"): return f"{where} must hold keys and values, not {value!r:.80}."
     if what not in ("extra_forbidden", "literal_error"):
-        message = re.sub("^(Input|List) should", "it must", first["msg"])
+        message = re.sub("^(Input|List|String) should", "it must", first["msg"])
         return f"{where}{': a key' if of_key else ''} is {value!r:.80}; {message}."
     names = re.findall("'([^']*)'", first["ctx"]["expected"]) if what == "literal_error" else _keys(kind, path)
     try: known(loc[-1] if of_key else value, names, "key" if of_key else "value", f"{where}: ")
@@ -110,8 +111,18 @@ def known(name, # a name that a user gave
 def _keys(kind, path) -> list[str]:
     "The keys that a section knows, from the JSON schema."
     schema = part = TypeAdapter(kind).json_schema()
-    for step in (*path, None):
+    for step in (*path, None): # None: arrived
         while "$ref" in part or "anyOf" in part: # of `section | null` the section stands first
             part = schema["$defs"][part["$ref"].rpartition("/")[2]] if "$ref" in part else part["anyOf"][0]
-        if step is not None: part = part.get("properties", {}).get(step) or part["additionalProperties"]
-    return list(part["properties"])
+        if step is None: return list(part["properties"])
+        others = [part.get("additionalProperties"), *part.get("patternProperties", {}).values()]
+        part = part.get("properties", {}).get(step) or next(filter(None, others))
+
+def make_config(cls, # FitConfig, TrainConfig or ProbeConfig
+    settings:dict, # its fields
+    where:str, # where they stand, for the sentence
+): # an instance of `cls`
+    "A training configuration; raises `RaptorError` for settings that a preset could not hold either."
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k != "seed"}
+    checked = validated(SETTINGS[cls.__name__], plain, where) | {k: v for k, v in settings.items() if k == "seed"}
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in checked.items()})

@@ -15,7 +15,8 @@ import math, os, shutil
 
 import numpy as np, pytest, torch
 
-from raptor.trajectories.cache import _begin, _finish, _write_chunk, CachedTrajectories, CacheSpec, chunk_shape
+from raptor.trajectories.cache import CachedTrajectories, CacheSpec, chunk_shape
+from raptor.trajectories.live import begin_cache, finish_cache, write_chunk
 
 from conftest import ROWS, seconds
 
@@ -36,9 +37,10 @@ def stores(request, tmp_path_factory):
     folder, values = tmp_path_factory.mktemp(request.param), states(*SHAPES[request.param])
     chunk, per_file = chunk_shape(images, layers + 1, tokens * dim * 2)
     spec = CacheSpec("f", "b", "d", images, layers, (0, layers), tokens, dim, 1, True, "float16", chunk, None, per_file)
-    _begin(folder/"cache", spec)
-    for c in range(spec.num_chunks): _write_chunk(folder/"cache", spec, c, values[c*chunk:(c + 1)*chunk].contiguous(), None)
-    _finish(folder/"cache")
+    begin_cache(folder/"cache", spec)
+    for c in range(spec.num_chunks):
+        write_chunk(folder/"cache", spec, c, values[c*chunk:(c + 1)*chunk].contiguous(), None)
+    finish_cache(folder/"cache")
     values.numpy().tofile(folder/"plain")
     values = values[:OLD_IMAGES]
     old = zarr.create_array(folder/"old", shape=values.shape, chunks=(128, *values.shape[1:]), dtype="float32", compressors=zarr.codecs.ZstdCodec(level=3))

@@ -42,9 +42,9 @@ def quantities(source, backbone):
     import torch
     from raptor.analysis.baselines import fit_dmd, fit_linear
     from raptor.analysis.dynamics import (
-        angular_speed, brh_epsilon, directional_convergence, patch_coherence, perturbation_decay, state_norms,
-        token_kinds, update_ranks
+        angular_speed, brh_epsilon, directional_convergence, patch_coherence, state_norms, token_kinds, update_ranks
     )
+    from raptor.analysis.interventions import perturbation_decay
     from raptor.model.raptor import Raptor
     from raptor.phases import Phases
     kinds = token_kinds(backbone.num_prefix, backbone.has_cls, backbone.num_tokens)
@@ -65,7 +65,7 @@ def measure(images, name):
     import torch
     from raptor.trajectories.live import LiveTrajectories
     from raptor.teacher.backbone import Backbone
-    from raptor.analysis.cost import _peak
+    from raptor.analysis.cost import peak_memory
     torch.manual_seed(0)
     backbone = Backbone.create(name, pretrained=False, img_size=32).to("cuda" if torch.cuda.is_available() else "cpu")
     source = LiveTrajectories(backbone, cifar(images))
@@ -73,7 +73,7 @@ def measure(images, name):
         with torch.no_grad():
             quantity(BATCH)
             begun = time.perf_counter()
-            extra = _peak(quantity, images)/2**20
+            extra = peak_memory(quantity, images, warm=True)/2**20
         print(json.dumps({"quantity": title, "images": some(images) if title == "perturbation_decay" else images, "extra, MB": extra, "seconds": time.perf_counter() - begun}), flush=True)
 
 

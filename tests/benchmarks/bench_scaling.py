@@ -32,7 +32,7 @@ def training_peak_mb(images):
     from raptor.model.block import RecurrentBlock
     from raptor.trajectories.cache import CachedTrajectories
     from raptor.data.load import load_dataset
-    from raptor.train.stages import train_span, TrainConfig
+    from raptor.train.stages import TrainConfig, train_span
     with tempfile.TemporaryDirectory() as folder:
         if not os.fork(): # what the writer holds is not the trainer's
             write_cache(Backbone.create("vit_mini_patch4_reg4_24", pretrained=False), load_dataset("digit_scenes", "train", train_transform=False, limit=images), f"{folder}/cache", chunk_images=256)

@@ -10,7 +10,7 @@ import gc
 import pytest, torch
 from torch import nn
 
-from raptor.model.block import block_flops, RecurrentBlock
+from raptor.model.block import RecurrentBlock, block_flops
 from raptor.core import mixed_precision, seed_everything
 from raptor.model.raptor import Raptor
 from raptor.phases import Phases
