@@ -172,7 +172,8 @@ class progress: # noqa: N801 (called like tqdm)
     ):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        self.bar = Progress(*columns, TextColumn(f"{unit} {{task.fields[note]}}"), TimeRemainingColumn(), transient=True)
+        columns += TextColumn(f"{unit} {{task.fields[note]}}"), TimeRemainingColumn()
+        self.bar = Progress(*columns, transient=True)
         seen = self.bar.console.is_terminal or self.bar.console.is_jupyter
         self.bar.disable = disable or not seen or os.environ.get("RAPTOR_PROGRESS") == "0"
         self.task = self.bar.add_task(desc, total=total, completed=initial, note="")
@@ -251,7 +252,7 @@ def mixed_precision(
 def _cpu_flags() -> set: # instruction-set extensions
     return set((_cpu_info().get("flags") or _cpu_info().get("features") or "").split())
 
-# %% ../nbs/api/00_core.ipynb #ac267fd8
+# %% ../nbs/api/00_core.ipynb #42d24a91
 def document(
     obj, # a function or a class, changed in place; anything else is left alone
 ): # `obj`
@@ -272,7 +273,8 @@ def _add_sections(obj):
         try: found.update({k: v for k, v in docments(each, full=True).items() if v["docment"] or k not in found})
         except (OSError, TypeError, ValueError): continue # without source code
     result = found.pop("return", None)
-    text = [f"{k} : {_type_name(v['anno'])}\n    {v['docment'] or ''}" for k, v in found.items() if k not in ("self", "cls")]
+    text = [f"{k} : {_type_name(v['anno'])}\n    {v['docment'] or ''}"
+            for k, v in found.items() if k not in ("self", "cls")]
     sections = [("Parameters", text)] if text else []
     if result and result["docment"] and not isinstance(obj, type):
         sections.append(("Returns", [f"{_type_name(result['anno'])}\n    {result['docment']}"]))

@@ -28,7 +28,7 @@ def notebook_parameters(
     path = paper_root()/f"{check_name(name, notebook_names(), 'notebook')}.ipynb"
     return {k: v["default"] for k, v in inspect_notebook(str(path)).items()}
 
-# %% ../../nbs/api/pipeline/02_notebooks.ipynb #0eb31abe
+# %% ../../nbs/api/pipeline/02_notebooks.ipynb #2256e0d2
 @lru_cache(maxsize=1)
 def papermill_engine() -> str: # the name under which papermill knows it
     "Register an engine with papermill that runs cells in this process."

@@ -57,7 +57,7 @@ def _lock(held, name) -> bool:
     except OSError: return False
     return True
 
-# %% ../../nbs/api/pipeline/01_processes.ipynb #7c3426ec
+# %% ../../nbs/api/pipeline/01_processes.ipynb #7cb172b1
 def use_threads(
     count:int, # threads to compute with
 ) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAIN_ITEMS', 'SNAKEMAKE', 'study_config', 'describe_runs', 'reproduce']
 
-# %% ../../nbs/api/pipeline/05_runs.ipynb #1c8ad9c8
+# %% ../../nbs/api/pipeline/05_runs.ipynb #48cf4d1e
 import os
 from contextlib import nullcontext
 
@@ -18,7 +18,7 @@ from .needs import check_files, costs, describe_data, profile_path, run_needs
 from .page import item_names
 from .processes import study_lock, sweep, visible_gpus
 
-# %% ../../nbs/api/pipeline/05_runs.ipynb #4aefdba1
+# %% ../../nbs/api/pipeline/05_runs.ipynb #c8a4e90b
 MAIN_ITEMS = ("tab_probes", "tab_segmentations", "fig_similarity", "fig_accuracy_r2")
 
 def study_config(
@@ -31,7 +31,7 @@ def study_config(
     items = item_names() if all_items else [n for n in item_names() if n in MAIN_ITEMS]
     return {"preset": study.origin, "replicas": study.preset.replicas, "items": items, "only": list(only)}
 
-# %% ../../nbs/api/pipeline/05_runs.ipynb #9d536a9b
+# %% ../../nbs/api/pipeline/05_runs.ipynb #c147b7f3
 def describe_runs(
     study:Study, # not necessarily started
     all_items:bool=False, # with the runs that `--all` adds
@@ -54,7 +54,7 @@ def _describe(study, run) -> str:
     done = "done" if (study.folder/run.folder/"result.csv").exists() else ""
     return f"{run.kind:8}{run.name:28}{done:5}" + ", ".join(f"{k}={v}" for k, v in run.params.items())
 
-# %% ../../nbs/api/pipeline/05_runs.ipynb #a00fbbe6
+# %% ../../nbs/api/pipeline/05_runs.ipynb #b973346c
 SNAKEMAKE = ["--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input",
              "--scheduler", "greedy", "--keep-going", "--quiet", "all"]
 
