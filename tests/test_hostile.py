@@ -56,7 +56,9 @@ def read_cache(folder): return list(CachedTrajectories(folder).batches(3, labels
 LOADERS = {
     "backbone": (lambda d: Backbone.create("vit_nano_patch4_reg4_24", pretrained=False).save(d/"w.safetensors"),
                  "w.safetensors", lambda d: Backbone.create("vit_nano_patch4_reg4_24", weights=d/"w.safetensors")),
-    "head": (lambda d: save_head(probe_task("depth").make_head(Shape, None, bins=4), d/"head.safetensors", {"bins": 4}), "head.safetensors", lambda d: load_head(Shape, "depth", d/"head.safetensors")),
+    "head": (
+        lambda d: save_head(probe_task("depth").make_head(Shape, None, bins=4), d/"head.safetensors", {"bins": 4}),
+        "head.safetensors", lambda d: load_head(Shape, "depth", d/"head.safetensors")),
     "checkpoint": (lambda d: begin(d/"c.safetensors"), "c.safetensors", lambda d: resume(d/"c.safetensors")),
     "block": (lambda d: save_block(d/"b.safetensors", RecurrentBlock(8, 2), (0, 2)), "b.safetensors", lambda d: load_block(d/"b.safetensors")),
     "raptor, weights": (lambda d: Raptor.create(Phases((1, 2)), 8, 2).save_pretrained(d), "model.safetensors", Raptor.from_pretrained),
@@ -139,9 +141,12 @@ def noted(path, **notes):
     "The same tensors with other notes."
     save_file(load_file(path), path, {k: v if isinstance(v, str) else json.dumps(v) for k, v in notes.items()})
 
-@pytest.mark.parametrize("notes", [{}, {"settings": "null"}, {"settings": [1]}, {"settings": "{"}, {"settings": {"bins": 1e13}}, {"settings": {"bins": 10**13}}, {"settings": {"bins": -1}}, {"settings": {"bins": "4"}}, {"settings": {"bins": [4]}}, {"settings": {"bins": None}},
-    {"settings": {}}, {"settings": {"bins": 8}}, {"settings": {"bins": 4, "grid": [10**6, 10**6]}}, {"settings": {"bins": 4, "dim": 10**9}}, {"settings": {"bins": 4, "min_depth": "x"}}, {"settings": {"bins": 4, "max_depth": float("nan")}},
-    {"settings": {"bins": 4, "max_depth": -1}}, {"settings": {"bins": 4, "no\nsuch": 1}}, {"settings": '{"bins":' * 10**5}, {"settings": '{"bins": ' + "9" * 5000 + "}"}])
+@pytest.mark.parametrize("notes", [{}, *({"settings": value} for value in (
+    "null", [1], "{", {}, '{"bins":' * 10**5, '{"bins": ' + "9" * 5000 + "}",
+    *({"bins": bins} for bins in (1e13, 10**13, -1, "4", [4], None, 8)),
+    *({"bins": 4, **more} for more in (
+        {"grid": [10**6, 10**6]}, {"dim": 10**9}, {"min_depth": "x"}, {"max_depth": float("nan")}, {"max_depth": -1},
+        {"no\nsuch": 1}))))])
 def test_a_head_with_other_settings(tmp_path, notes):
     write, file, read = LOADERS["head"]
     write(tmp_path); noted(tmp_path/file, **notes)
@@ -149,8 +154,11 @@ def test_a_head_with_other_settings(tmp_path, notes):
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation", "depth"])
-@pytest.mark.parametrize("change", [lambda t: t.clear(), lambda t: t.pop("linear.weight"), lambda t: t.pop("linear.bias"), lambda t: t.update({"linear.weight": torch.tensor(1.)}), lambda t: t.update({"linear.weight": torch.ones(2, 2)}),
-    lambda t: t.update({"linear.bias": torch.ones(9)}), lambda t: t.update(more=torch.ones(1)), lambda t: t.update({"linear.weight": torch.empty(0, 12)})])
+@pytest.mark.parametrize("change", [
+    lambda t: t.clear(), lambda t: t.pop("linear.weight"), lambda t: t.pop("linear.bias"),
+    lambda t: t.update({"linear.weight": torch.tensor(1.)}), lambda t: t.update({"linear.weight": torch.ones(2, 2)}),
+    lambda t: t.update({"linear.bias": torch.ones(9)}), lambda t: t.update(more=torch.ones(1)),
+    lambda t: t.update({"linear.weight": torch.empty(0, 12)})])
 def test_a_head_with_other_tensors(tmp_path, task, change):
     settings = {"bins": 4} if task == "depth" else {}
     save_head(probe_task(task).make_head(Shape, 4, **settings), tmp_path/"h.safetensors", settings)

@@ -1,11 +1,14 @@
-"Meters: scores by hand and by scikit-learn, merging in any order, and what bad input says."
-import math, pickle
+"Meters: scores by hand and by scikit-learn, merging in any order, and the errors for input that does not fit."
+import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-from sklearn.metrics import confusion_matrix, jaccard_score, r2_score as sklearn_r2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import confusion_matrix, jaccard_score
+from sklearn.metrics import r2_score as sklearn_r2
 
 from raptor.core import RaptorError
 from raptor.probes.heads import PROBE_TASKS, probe_task
@@ -18,21 +21,26 @@ seeds = st.integers(0, 2**20)
 
 def random(*shape, seed=0, **kw): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **kw)
 
+def test_top1_equals_the_mean_over_all_images_and_not_that_of_the_batches():
+    logits, labels = random(70, 10), torch.arange(70).remainder(10)
+    parts = [TopOneMeter().update(a, b) for a, b in zip(logits.split([1, 60, 9]), labels.split([1, 60, 9]))]
+    assert merge_meters(parts).compute() == (logits.argmax(1) == labels).sum().item()/70
+
 @quick
 @given(seeds, st.integers(2, 6))
 def test_iou_equals_sklearn_and_is_blind_to_ignored_pixels(seed, classes):
     g = torch.Generator().manual_seed(seed)
-    target = torch.randint(0, classes, (3, 4, 5), generator=g); pred = torch.randint(0, classes, (3, 4, 5), generator=g)
+    target, pred = torch.randint(0, classes, (2, 3, 4, 5), generator=g)
     present = sorted(set(target.flatten().tolist()) | set(pred.flatten().tolist()))
     expected = jaccard_score(target.flatten(), pred.flatten(), labels=present, average="macro", zero_division=0)
     assert mean_iou(pred, target, classes) == pytest.approx(expected)
     hole = torch.full((1, 4, 5), 255)
     assert mean_iou(torch.cat([pred, pred[:1]]), torch.cat([target, hole]), classes) == pytest.approx(expected)
-    meter = IoUMeter(classes).update(pred, target)
-    assert (meter.confusion.numpy() == confusion_matrix(target.flatten(), pred.flatten(), labels=range(classes))).all()
+    counts = IoUMeter(classes).update(pred, target).confusion.confmat
+    assert (counts.numpy() == confusion_matrix(target.flatten(), pred.flatten(), labels=range(classes))).all()
 
 def test_iou_of_logits_and_of_classes_agree():
-    logits, target = random(2, 4, 3, 3), torch.randint(0, 4, (2, 3, 3))
+    logits, target = random(2, 4, 3, 3), random(2, 3, 3, seed=1).abs().long().clamp(max=3)
     assert mean_iou(logits, target, 4) == mean_iou(logits.argmax(1), target, 4)
 
 def test_iou_absent_classes_are_nan_per_class_and_out_of_the_mean():
@@ -44,7 +52,12 @@ def test_depth_rmse_is_a_mean_over_images_of_roots():
     assert depth_rmse(pred, target) == pytest.approx((1 + 3)/2)
     assert DepthMeter().update(pred, target).pooled() == pytest.approx(math.sqrt(13/5))
     assert depth_rmse(pred[1], target[1]) == 3
-    assert depth_rmse(pred, target, max_depth=12.) == pytest.approx((1 + math.sqrt((9 + 121)/2))/2)
+
+@pytest.mark.parametrize("true", [0.5, 8.0])
+def test_the_ends_of_the_depth_range_are_included(true):
+    target = torch.tensor([[[true, true - 0.25, true + 0.25]]])
+    meter = DepthMeter(min_depth=0.5, max_depth=8.0).update(target + torch.tensor([3., 4., 4.]), target)
+    assert meter.pixels.sum_value == 2 and meter.compute() == pytest.approx(math.sqrt((9 + 16)/2))
 
 def test_depth_rmse_looks_only_inside_the_crop():
     pred, target = torch.full((1, 480, 640), 2.), torch.full((1, 480, 640), 5.)
@@ -61,7 +74,8 @@ def test_r2_equals_sklearn(seed, n, d):
 def test_r2_is_per_layer_about_the_mean_over_images_and_tokens():
     x, y = random(4, 3, 5, 2, seed=3), random(4, 3, 5, 2, seed=4)
     meter = R2Meter().update(x, y)
-    expected = [sklearn_r2(y[:, l].reshape(-1, 2), x[:, l].reshape(-1, 2), multioutput="variance_weighted") for l in range(3)]
+    expected = [sklearn_r2(y[:, l].reshape(-1, 2), x[:, l].reshape(-1, 2), multioutput="variance_weighted")
+                for l in range(3)]
     assert meter.per_layer() == pytest.approx(expected) and meter.compute() == pytest.approx(np.mean(expected))
 
 def test_r2_of_uneven_batches_is_that_of_the_whole_and_not_their_mean():
@@ -76,10 +90,11 @@ def test_r2_survives_means_far_above_the_spread():
     noise = .5*random(6, 1, 50, 3, seed=8, dtype=torch.float64)
     meter = R2Meter()
     for a, b in zip((y + noise + 1e8).split(1), (y + 1e8).split(1)): meter.update(a, b)
-    assert meter.compute() == pytest.approx(1 - (noise.square().sum()/(y - y.mean((0, 2))).square().sum()).item(), rel=1e-6)
+    expected = 1 - (noise.square().sum()/(y - y.mean((0, 2))).square().sum()).item()
+    assert meter.compute() == pytest.approx(expected, rel=1e-6)
 
 def test_r2_constant_dimension_counts_its_error():
-    y = torch.tensor([[1., 5.], [3., 5.]]); x = torch.tensor([[1., 6.], [3., 5.]])
+    y, x = torch.tensor([[1., 5.], [3., 5.]]), torch.tensor([[1., 6.], [3., 5.]])
     assert r2_score(x, y) == pytest.approx(1 - 1/2)
 
 def test_r2_divides_by_the_target_variance():
@@ -87,12 +102,18 @@ def test_r2_divides_by_the_target_variance():
     assert r2_score(0*y, y - y.mean(0)) == pytest.approx(0, abs=1e-12)
     assert r2_score(3*y, y) < 0
 
+@pytest.mark.parametrize("value", [0., .1, .7, 1e8 + .1])
+def test_r2_of_a_constant_target_is_undefined(value):
+    "The mean of three times 0.1 is not 0.1 in float64, so the squares about it are not zero."
+    target = torch.full((3, 1, 1, 2), value, dtype=torch.float64)
+    if value == .1: assert R2Meter().update(target, target).square.sum() > 0
+    with pytest.raises(RaptorError, match="does not vary .layer 1 of 1"): R2Meter().update(target, target).compute()
+
 def batches(task, g):
     "Random (prediction, target) of a task."
-    target = dict(classification=lambda: torch.randint(0, 4, (3,), generator=g), segmentation=lambda: torch.randint(0, 4, (3, 4, 6), generator=g),
-                  depth=lambda: 9*torch.rand(3, 4, 6, generator=g) + .5)[task]()
-    prediction = torch.rand(3, 4, 6, generator=g) if task == "depth" else torch.randn(3, 4, *target.shape[1:], generator=g)
-    return prediction, target
+    labels = torch.randint(0, 4, (3,) if task == "classification" else (3, 4, 6), generator=g)
+    if task == "depth": return torch.rand(3, 4, 6, generator=g) + .5, 9*torch.rand(3, 4, 6, generator=g) + .5
+    return torch.randn(3, 4, *labels.shape[1:], generator=g), labels
 
 @quick
 @given(seeds, st.sampled_from(sorted(PROBE_TASKS)), st.integers(0, 3))
@@ -112,31 +133,53 @@ def test_merging_an_empty_r2_meter_changes_nothing():
     assert (R2Meter().merge(full).per_layer() == full.per_layer()).all()
     assert (pickle.loads(pickle.dumps(full)).merge(R2Meter()).per_layer() == full.per_layer()).all()
 
+def test_a_meter_scores_its_own_process_alone(monkeypatch):
+    "Evaluation runs on the main process only, which would otherwise wait for the others forever."
+    def scores():
+        g = torch.Generator().manual_seed(0)
+        return [probe_task(t).meter(4).update(*batches(t, g)).compute() for t in PROBE_TASKS]
+    alone = scores()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for name in ("barrier", "get_world_size"):
+        monkeypatch.setattr(torch.distributed, name, lambda *args, **kw: pytest.fail("waits for other processes"))
+    assert scores() == alone
+
 @pytest.mark.parametrize("meter", [TopOneMeter(), IoUMeter(3), DepthMeter(), R2Meter()])
 def test_a_meter_that_saw_nothing_has_no_score(meter):
     with pytest.raises(RaptorError, match="has seen no"): meter.compute()
 
 def test_meters_that_saw_only_invalid_targets_have_no_score():
-    with pytest.raises(RaptorError, match="no labelled pixel"): mean_iou(torch.zeros(1, 2, 2).long(), torch.full((1, 2, 2), 255), 3)
+    nothing = torch.full((1, 2, 2), 255)
+    with pytest.raises(RaptorError, match="no labelled pixel"): mean_iou(torch.zeros(1, 2, 2).long(), nothing, 3)
     with pytest.raises(RaptorError, match="no valid depth"): depth_rmse(torch.ones(1, 2, 2), torch.zeros(1, 2, 2))
 
 @pytest.mark.parametrize("score", [lambda n: top1(n.new_full((1, 3), n), torch.tensor([0])),
                                    lambda n: mean_iou(n.expand(1, 3, 2, 2), torch.zeros(1, 2, 2).long(), 3),
                                    lambda n: depth_rmse(n.expand(1, 2, 2), torch.ones(1, 2, 2)),
-                                   lambda n: r2_score(n.expand(3, 2), random(3, 2))])
+                                   lambda n: r2_score(n.expand(3, 2), random(3, 2)),
+                                   lambda n: r2_score(random(3, 2), n.expand(3, 2))])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_diverged_predictions_are_an_error_and_not_a_score(score, value):
     with pytest.raises(RaptorError, match="diverged"): score(torch.tensor(value))
 
-def test_meters_refuse_what_does_not_fit():
-    with pytest.raises(RaptorError, match="top-1 wants"): top1(torch.zeros(2, 3), torch.zeros(3).long())
-    with pytest.raises(RaptorError, match="label 9"): top1(torch.zeros(1, 3), torch.tensor([9]))
-    with pytest.raises(RaptorError, match="one shape"): mean_iou(torch.zeros(1, 2, 2).long(), torch.zeros(1, 4, 4).long(), 3)
-    with pytest.raises(RaptorError, match="one of the 300 classes"): IoUMeter(300)
-    with pytest.raises(RaptorError, match="one shape"): depth_rmse(torch.zeros(1, 2, 2), torch.zeros(1, 4, 4))
-    with pytest.raises(RaptorError, match="trajectories"): R2Meter().update(torch.zeros(2, 3), torch.zeros(2, 3))
-    with pytest.raises(RaptorError, match="samples before D"): r2_score(torch.zeros(3), torch.zeros(3))
-    with pytest.raises(RaptorError, match="cannot merge"): DepthMeter().merge(DepthMeter(max_depth=80.))
-    with pytest.raises(RaptorError, match="cannot merge"): TopOneMeter().merge(IoUMeter(3))
-    with pytest.raises(RaptorError, match="cannot merge"):
-        R2Meter().update(random(2, 3, 4, 5), random(2, 3, 4, 5, seed=1)).update(random(2, 2, 4, 5), random(2, 2, 4, 5, seed=1))
+SIX = random(2, 3, 4, 5), random(2, 3, 4, 5, seed=1)
+
+@pytest.mark.parametrize("match,call", [
+    ("one shape", lambda: top1(torch.zeros(2, 3), torch.zeros(3).long())),
+    ("one shape", lambda: top1(torch.zeros(2), torch.zeros(2).long())),
+    ("label 9", lambda: top1(torch.zeros(1, 3), torch.tensor([9]))),
+    ("label -1", lambda: top1(torch.zeros(1, 3), torch.tensor([-1]))),
+    ("one shape", lambda: mean_iou(torch.zeros(1, 2, 2).long(), torch.zeros(1, 4, 4).long(), 3)),
+    ("one shape", lambda: mean_iou(torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4).long(), 3)),
+    ("label 3", lambda: mean_iou(torch.full((1, 2, 2), 3), torch.zeros(1, 2, 2).long(), 3)),
+    ("one of the 300 classes", lambda: IoUMeter(300)),
+    ("one shape", lambda: depth_rmse(torch.zeros(1, 2, 2), torch.zeros(1, 4, 4))),
+    ("trajectories", lambda: R2Meter().update(torch.zeros(2, 3), torch.zeros(2, 3))),
+    ("samples before D", lambda: r2_score(torch.zeros(3), torch.zeros(3))),
+    ("cannot merge", lambda: DepthMeter().merge(DepthMeter(max_depth=80.))),
+    ("cannot merge", lambda: TopOneMeter().merge(IoUMeter(3))),
+    ("cannot merge", lambda: R2Meter().merge(TopOneMeter())),
+    ("cannot merge", lambda: R2Meter().update(*SIX).update(*(x[:, :2] for x in SIX))),
+])
+def test_meters_refuse_what_does_not_fit(match, call):
+    with pytest.raises(RaptorError, match=match): call()

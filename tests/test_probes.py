@@ -1,11 +1,13 @@
-"""The probe loop: what it reports, what it freezes, and what it refuses."""
+"""The training loop of the probes: what it reports, what it freezes, and the errors it raises."""
+from dataclasses import replace
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from raptor.teacher.backbone import Backbone
+import raptor.probes.train as probes
 from raptor.core import RaptorError, seed_everything
 from raptor.data.load import load_dataset
 from raptor.model.as_backbone import RaptorBackbone
@@ -13,9 +15,10 @@ from raptor.model.raptor import Raptor
 from raptor.phases import Phases
 from raptor.probes.heads import probe_task
 from raptor.probes.train import (
-    FeatureTable, ProbeConfig, evaluate_heads, fidelity, load_head, ordered_batches, plain_attention, save_head,
-    shuffled_batches, train_probe, train_teacher
+    FeatureTable, ProbeConfig, best_and_last, evaluate_heads, fidelity, load_head, ordered_batches, plain_attention,
+    save_head, train_probe, train_teacher
 )
+from raptor.teacher.backbone import Backbone
 from raptor.train.fit import FitConfig
 
 
@@ -26,8 +29,8 @@ class Lamps:
     def __len__(self): return self.n
     def get_batch(self, indices):
         indices = torch.as_tensor(indices)
-        target = indices % 4
-        return {"image": nn.functional.one_hot(target, 4).float()[:, None, :].repeat(1, 5, 1), "target": target, "index": indices}
+        image = nn.functional.one_hot(indices % 4, 4).float()[:, None, :].repeat(1, 5, 1)
+        return {"image": image, "target": indices % 4, "index": indices}
 
 
 class PassThrough(nn.Module):
@@ -35,7 +38,9 @@ class PassThrough(nn.Module):
     def __init__(self):
         super().__init__()
         self.unused, self.calls = nn.Parameter(torch.zeros(1), requires_grad=False), 0
-    def features(self, images): self.calls += 1; return images
+    def features(self, images):
+        self.calls += 1
+        return images
 
 
 CONFIG = ProbeConfig(epochs=4, batch_size=32, lr=0.1, warmup=2, log_every=4, augment=False)
@@ -47,28 +52,28 @@ def test_a_linear_problem_is_solved_and_reported():
     assert history.dropna(subset=["top1"]).epoch.tolist() == [1, 2, 3, 4]
 
 
-def test_best_is_the_first_best_epoch_and_last_is_the_last():
-    from raptor.probes.train import _best_and_last
-    import pandas as pd
-    history = pd.DataFrame({"step": [8, 16, 24], "epoch": [1, 2, 3], "top1": [0.5, 0.9, 0.7], "rmse": [0.5, 0.2, 0.3]})
-    up, down = _best_and_last(history, probe_task("classification")), _best_and_last(history, probe_task("depth"))
-    assert (up["best"], up["best_epoch"], up["last"]) == (0.9, 2, 0.7) and (down["best"], down["best_epoch"], down["last"]) == (0.2, 2, 0.3)
+@pytest.mark.parametrize("task,best,epoch,last", [("classification", 0.9, 2, 0.7), ("depth", 0.2, 2, 0.3)])
+def test_best_is_the_first_best_epoch_and_last_is_the_last(task, best, epoch, last):
+    rows = {"epoch": [1, 2, None, 3, 4], "top1": [0.5, 0.9, None, 0.9, 0.7], "rmse": [0.5, 0.2, None, 0.2, 0.3]}
+    result = best_and_last(pd.DataFrame(rows), probe_task(task))
+    assert (result["best"], result["best_epoch"], result["last"], result["epochs"]) == (best, epoch, last, 4)
 
 
 def test_features_are_computed_once_when_nothing_changes_and_every_epoch_when_it_does():
     once, every = PassThrough(), PassThrough()
     train_probe(once, "classification", Lamps(), Lamps(64), CONFIG)
-    train_probe(every, "classification", Lamps(), Lamps(64), ProbeConfig(**{**CONFIG.__dict__, "augment": True}))
+    train_probe(every, "classification", Lamps(), Lamps(64), replace(CONFIG, augment=True))
     assert once.calls == 2 and every.calls == 1 + 4 * 8
 
 
 def test_the_table_and_the_images_give_the_same_head():
-    a = train_probe(PassThrough(), "classification", Lamps(), Lamps(64), CONFIG)[0]
-    b = train_probe(PassThrough(), "classification", Lamps(), Lamps(64), ProbeConfig(**{**CONFIG.__dict__, "table_gb": 0.0}))[0]
-    torch.manual_seed(0)
-    assert a.linear.weight.shape == b.linear.weight.shape
+    def weight(config):
+        seed_everything(0)
+        return train_probe(PassThrough(), "classification", Lamps(), Lamps(64), config)[0].linear.weight
+    assert torch.equal(weight(CONFIG), weight(replace(CONFIG, table_gb=0.0)))
     table = FeatureTable(PassThrough(), Lamps())
-    for x, y in zip(ordered_batches(table, 50), ordered_batches(Lamps(), 50)): assert torch.equal(x["features"], y["image"]) and torch.equal(x["target"], y["target"])
+    for x, y in zip(ordered_batches(table, 50), ordered_batches(Lamps(), 50), strict=True):
+        assert torch.equal(x["features"], y["image"]) and torch.equal(x["target"], y["target"])
 
 
 def test_same_seed_same_head():
@@ -85,14 +90,16 @@ def test_a_probe_leaves_the_backbone_alone(augment):
     model = RaptorBackbone(backbone, Raptor.create(Phases((2, 6)), backbone.dim, backbone.num_heads))
     data = load_dataset("digit_scenes", "train", "segmentation", limit=64, train_transform=False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    # a Raptor's own parameters still ask for gradients: the loop must freeze what it is handed
-    train_probe(model, "segmentation", data, data, ProbeConfig(epochs=1, batch_size=32, lr=0.1, augment=augment, log_every=1))
+    # the parameters of a new Raptor require gradients: the loop must freeze the model that it is given
+    config = ProbeConfig(epochs=1, batch_size=32, lr=0.1, augment=augment, log_every=1)
+    train_probe(model, "segmentation", data, data, config)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_official_weights_are_where_a_head_starts():
     weight, bias = torch.randn(4, 8), torch.randn(4)
-    head, _, _ = train_probe(PassThrough(), "classification", Lamps(64), Lamps(64), ProbeConfig(epochs=1, batch_size=32, lr=1e-12, weight_decay=0.0, augment=False, log_every=1), official=(weight, bias))
+    config = ProbeConfig(epochs=1, batch_size=32, lr=1e-12, weight_decay=0.0, augment=False, log_every=1)
+    head, _, _ = train_probe(PassThrough(), "classification", Lamps(64), Lamps(64), config, official=(weight, bias))
     torch.testing.assert_close(head.linear.weight.data, weight)
 
 
@@ -101,23 +108,27 @@ def test_the_teacher_is_trained_and_frozen_again():
     backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, drop_path_rate=0.1)
     before = backbone.fingerprint
     data = load_dataset("digit_scenes", "train", "all", limit=64)
-    heads, history = train_teacher(backbone, data, FitConfig(steps=3, batch_size=32, lr=1e-3, warmup=1, log_every=1), num_classes={**data.num_classes, "depth": None}, settings={"depth": {"bins": 8}})
-    assert backbone.fingerprint != before and not backbone.training and not any(p.requires_grad for p in backbone.parameters())
+    config = FitConfig(steps=3, batch_size=32, lr=1e-3, warmup=1, log_every=1)
+    classes = {**data.num_classes, "depth": None}
+    heads, history = train_teacher(backbone, data, config, num_classes=classes, settings={"depth": {"bins": 8}})
+    assert backbone.fingerprint != before and not backbone.training
+    assert not any(p.requires_grad for p in backbone.parameters())
     assert {"classification", "segmentation", "depth", "loss"} <= set(history.columns)
     scores = evaluate_heads(backbone, heads, load_dataset("digit_scenes", "val", "all", limit=32))
     assert set(scores) == {"top1", "miou", "rmse", "rmse_pooled"} and 0 < scores["rmse"] < 10
 
 
 def test_stochastic_depth_survives_a_restart(tmp_path):
-    "Drop path draws random numbers in the forward pass: a run that is cut must draw the same ones."
-    from raptor.core import RaptorError
-    def start(): seed_everything(0); return Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, drop_path_rate=0.3)
+    "Drop path draws random numbers in the forward pass: a run that is interrupted must draw the same ones."
+    def start():
+        seed_everything(0)
+        return Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, drop_path_rate=0.3)
     data = load_dataset("digit_scenes", "train", "all", limit=64)
     config = FitConfig(steps=6, batch_size=16, lr=1e-3, warmup=1, log_every=1, checkpoint_every=2)
     arguments = dict(num_classes={"classification": 10})
-    whole = start(); train_teacher(whole, data, config, **arguments)
+    whole = start()
+    train_teacher(whole, data, config, **arguments)
     class Cut(Exception): pass
-    import raptor.probes.train as probes
     def cut(batches, device):
         for i, batch in enumerate(batches):
             if i == 4: raise Cut
@@ -125,13 +136,14 @@ def test_stochastic_depth_survives_a_restart(tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
         patch.setattr(probes, "prefetch", cut)
         train_teacher(start(), data, config, tmp_path, **arguments)
-    again = start(); train_teacher(again, data, config, tmp_path, **arguments)
+    again = start()
+    train_teacher(again, data, config, tmp_path, **arguments)
     assert whole.fingerprint == again.fingerprint
 
 
 def test_plain_attention_is_switched_back():
     backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
-    switches = lambda: {m.fused_attn for m in backbone.modules() if hasattr(m, "fused_attn")}
+    def switches(): return {m.fused_attn for m in backbone.modules() if hasattr(m, "fused_attn")}
     with plain_attention(backbone, "bf16"): inside = switches()
     assert inside == ({False} if not torch.cuda.is_available() else {True}) and switches() == {True}
     with plain_attention(backbone, "no"): assert switches() == {True}
@@ -140,28 +152,24 @@ def test_plain_attention_is_switched_back():
 def test_fidelity_of_a_perfect_and_of_a_constant_model():
     truth = torch.randn(32, 4, 3, 5)
     source = SimpleNamespace(depth=3, batches=lambda n, start, end, device: iter(truth[:, start:end + 1].split(8)))
-    class Oracle:
-        position = 0
-        def rollout(self, state, start, end):
-            out = truth[Oracle.position:Oracle.position + len(state), start:end + 1]; Oracle.position += len(state); return out
-    assert fidelity(Oracle(), source, device="cpu").compute() == pytest.approx(1)
-    class Mean:
-        def rollout(self, state, start, end): return truth.mean((0, 2), keepdim=True).expand(len(state), -1, 3, -1)[:, start:end + 1]
-    assert fidelity(Mean(), source, device="cpu").per_layer() == pytest.approx([0, 0, 0], abs=1e-6)
+    batches = iter(truth.split(8))
+    oracle = SimpleNamespace(rollout=lambda state, start, end: next(batches)[:, start:end + 1])
+    mean = truth.mean((0, 2), keepdim=True).expand(8, -1, 3, -1)
+    constant = SimpleNamespace(rollout=lambda state, start, end: mean[:, start:end + 1])
+    assert fidelity(oracle, source, device="cpu").compute() == pytest.approx(1)
+    assert fidelity(constant, source, device="cpu").per_layer() == pytest.approx([0, 0, 0], abs=1e-6)
 
 
 def test_heads_on_disk(tmp_path):
-    model = PassThrough()
-    head = probe_task("depth").make_head(model, None, bins=7, max_depth=3.0)
-    save_head(head, tmp_path/"h.safetensors", {"bins": 7, "max_depth": 3.0})
-    again = load_head(model, "depth", tmp_path/"h.safetensors")
+    path, settings = tmp_path/"h.safetensors", {"bins": 7, "max_depth": 3.0}
+    head = probe_task("depth").make_head(PassThrough(), None, **settings)
+    save_head(head, path, settings)
+    again = load_head(PassThrough(), "depth", path)
     assert torch.equal(again.linear.weight, head.linear.weight) and torch.equal(again.centres, head.centres)
-    with pytest.raises(RaptorError, match="missing or damaged"): load_head(model, "depth", tmp_path/"none.safetensors")
-    (tmp_path/"h.safetensors").write_bytes((tmp_path/"h.safetensors").read_bytes()[:40])
-    with pytest.raises(RaptorError, match="missing or damaged"): load_head(model, "depth", tmp_path/"h.safetensors")
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(RaptorError, match="missing or damaged"): load_head(PassThrough(), "depth", path)
 
 
-def test_too_little_data_and_wrong_tasks_are_refused():
-    with pytest.raises(RaptorError, match="fewer than one batch"): train_probe(PassThrough(), "classification", Lamps(8), Lamps(8), CONFIG)
-    with pytest.raises(RaptorError, match="did you mean 'depth'"): train_probe(PassThrough(), "dept", Lamps(), Lamps(), CONFIG)
-    with pytest.raises(RaptorError, match="cannot be drawn"): list(shuffled_batches(Lamps(3), FitConfig(steps=1, batch_size=4)))
+def test_an_unknown_task_is_refused():
+    with pytest.raises(RaptorError, match="did you mean 'depth'"):
+        train_probe(PassThrough(), "dept", Lamps(), Lamps(), CONFIG)

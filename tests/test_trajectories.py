@@ -8,6 +8,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -194,10 +195,15 @@ opened = [image_batches(Numbers(), BatchPlan(50, 5, seed=0), workers=2) for _ in
 for batches in opened: next(batches)
 """
 
-def start_group(code):
-    "A script in a process group of its own."
-    code = code.replace("{tests!r}", repr(str(Path(__file__).parent)))
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+@pytest.fixture
+def start_group():
+    "Start a script in a process group of its own, whose temporary files end with the test."
+    with TemporaryDirectory() as folder: # short: its name is part of a socket's
+        def start(code):
+            code, env = code.replace("{tests!r}", repr(str(Path(__file__).parent))), {**os.environ, "TMPDIR": folder}
+            command = [sys.executable, "-c", code]
+            return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=env)
+        yield start
 
 def gone(group):
     "Whether a process group has no process left before the test's own time is up."
@@ -209,7 +215,7 @@ def gone(group):
     return False
 
 
-def test_sigterm_to_the_whole_group_leaves_the_workers_to_the_parent():
+def test_sigterm_to_the_whole_group_leaves_the_workers_to_the_parent(start_group):
     "SLURM ends a job like this: the parent must still get its batches, and must still be able to end its workers."
     process = start_group(LIVE + """
 asked = []
@@ -225,7 +231,7 @@ print("done", flush=True) # the batches are still open when the script ends: its
     assert gone(process.pid)
 
 
-def test_workers_end_when_their_loader_is_closed_or_their_parent_is_gone():
+def test_workers_end_when_their_loader_is_closed_or_their_parent_is_gone(start_group):
     process = start_group(IMAGES + """
 import multiprocessing
 workers = multiprocessing.active_children()
