@@ -10,6 +10,7 @@ __all__ = ['MAX_PICKLE', 'MAX_TUPLES', 'LAYERS', 'KNOWN_CLASSES', 'StandIn', 'fl
 import pickletools
 import re
 import zipfile
+from _compat_pickle import IMPORT_MAPPING
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from .raptor import Raptor
 MAX_PICKLE = 2**20 # bytes of data.pkl, which holds no numbers; that of twelve blocks has 60 kB
 MAX_TUPLES = 20_000 # in data.pkl; twelve blocks have 1,300. Python hashes nested tuples by unlimited recursion
 
-_FRESH = {"__builtin__.set": "EMPTY_LIST", "collections.OrderedDict": "EMPTY_TUPLE"} # arguments that must be new
+_FRESH = {"builtins.set": "EMPTY_LIST", "collections.OrderedDict": "EMPTY_TUPLE"} # arguments that must be new
 _TENSORS = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", *_FRESH} | {f"torch.{t}" for t in """
     float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool device FloatStorage DoubleStorage HalfStorage
     BFloat16Storage LongStorage IntStorage ShortStorage CharStorage ByteStorage BoolStorage""".split()}
@@ -76,8 +77,10 @@ def _list_names(program):
         hostile = last in _FRESH and op.name != _FRESH[last] or isinstance(value, str) and value.startswith("__")
         if hostile and op.name != "GLOBAL" or tuples > MAX_TUPLES:
             raise RaptorError("its pickle copies containers, nests tuples or sets attributes as torch.save never does.")
-        last = value.replace(" ", ".") if op.name == "GLOBAL" else memo.get(value) if "BINGET" in op.name else None
-        if op.name == "GLOBAL": names.append(last)
+        last = memo.get(value) if op.name in ("BINGET", "LONG_BINGET") else None
+        if op.name == "GLOBAL":
+            module, name = value.split(" ", 1) # protocol 2 gives the names of Python 2, such as __builtin__
+            names.append(last := f"{IMPORT_MAPPING.get(module, module)}.{name}")
     return names
 
 # %% ../../nbs/api/model/06_authors.ipynb #2c6ae485
@@ -98,10 +101,9 @@ def flatten(
     return tensors, attributes
 
 def _is_plain(value):
-    if isinstance(value, (list, tuple)): return len(value) <= MAX_DEPTH + 1 and all(map(_is_number, value))
-    return value is None or isinstance(value, str) or _is_number(value)
-
-def _is_number(value): return isinstance(value, (int, float))
+    short = isinstance(value, (list, tuple)) and len(value) <= MAX_DEPTH + 1
+    plain = value is None or isinstance(value, (int, float, str))
+    return plain or short and all(isinstance(v, (int, float)) for v in value)
 
 def _children(value):
     "The parameters, persistent buffers, modules and other attributes of a module, or the items of a container."
@@ -170,7 +172,6 @@ def _linear(tensors, module, rows):
     weight = tensors.pop(f"{module}.weight")
     return weight, tensors.pop(f"{module}.bias", torch.zeros(rows, dtype=weight.dtype))
 
-# %% ../../nbs/api/model/06_authors.ipynb #80d0334b
 def _mlp(tensors, modules, dim):
     "The MLP: its kind, its width, and (first weight, bias), (second weight, bias)."
     if len(modules) not in (2, 3):
@@ -219,14 +220,13 @@ def translate_block(
     return sizes, {name: value.clone() for name, value in weights.items()} # a copy: the file may be replaced later
 
 # %% ../../nbs/api/model/06_authors.ipynb #b87c76a2
-def _holds_norm(prefix, tensors):
-    return any(re.search(r"norm|(^|\.)ln", n[len(prefix):].lower()) for n in tensors if n.startswith(prefix))
-
 def _prefix(anchor, tensors):
     "The block that an attention belongs to: the nearest module around it that also holds norms."
-    parts = anchor.split(".")[:-2]
-    while parts and not _holds_norm(".".join(parts) + ".", tensors): parts.pop()
-    return ".".join([*parts, ""])
+    prefix = anchor.rpartition(".")[0].rpartition(".")[0]
+    norm = re.compile(r"norm|(^|\.)ln")
+    while prefix and not any(n.startswith(f"{prefix}.") and norm.search(n[len(prefix) + 1:].lower()) for n in tensors):
+        prefix = prefix.rpartition(".")[0]
+    return prefix and f"{prefix}."
 
 def _num_heads(attributes, prefix, given):
     "The number of heads; raises if an attribute shows that the block computes something else than ours."
