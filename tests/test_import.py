@@ -216,12 +216,15 @@ def two(**attributes): return RaptorModel([Block(), Block()], **attributes)
     (lambda: two(), "does not state where their phases end"),
     (lambda: two(ends=[2, 24]), r"\(2, 24\), which does not close with depth=12"),
     (lambda: two(norm=nn.LayerNorm(8)), "norm.weight, norm.bias outside its blocks"),
-    (lambda: RaptorModel([Block() for _ in range(13)]), "at most 12"), (lambda: Block().state_dict(), "pass num_heads="),
+    (lambda: RaptorModel([Block() for _ in range(13)]), "at most 12"),
+    (lambda: Block().state_dict(), "pass num_heads="),
     (lambda: {"x.attn.in_proj_weight": torch.ones(24, 8)}, "num_heads")])
 def test_what_is_no_recurrent_block_is_refused_in_one_sentence(tmp_path, make, sentence):
     with pytest.raises(RaptorError, match=sentence) as e: import_author_checkpoint(saved(make(), tmp_path))
     assert "\n" not in str(e.value) and len(str(e.value)) < 600
 
+
+DTYPES = torch.float32, torch.float16, torch.int64
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
@@ -230,7 +233,7 @@ def test_a_state_dict_of_any_shapes_gives_a_block_or_a_sentence(tmp_path_factory
     for name in data.draw(st.lists(st.sampled_from(sorted(state)), min_size=1, max_size=3)):
         shape = data.draw(st.lists(st.sampled_from([0, 1, 2, 8, 16, 24, 32]), max_size=3))
         if data.draw(st.booleans()): state.pop(name, None)
-        else: state[name] = torch.zeros(shape).to(data.draw(st.sampled_from((torch.float32, torch.float16, torch.int64))))
+        else: state[name] = torch.zeros(shape, dtype=data.draw(st.sampled_from(DTYPES)))
     try: import_author_checkpoint(saved(state, tmp_path_factory.mktemp("state")), num_heads=2)
     except RaptorError as e: assert "\n" not in str(e)
 
@@ -318,7 +321,8 @@ def storage(count, kind="FloatStorage", key="0"):
     return b"(" + text("storage") + name_of("torch", kind) + text(key) + text("cpu") + number(count) + b"tQ"
 def tensor(storage, offset, size, stride):
     sizes = (b"(" + b"".join(map(number, s)) + b"t" for s in (size, stride))
-    return name_of("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + number(offset) + b"".join(sizes) + b"\x89}tR"
+    rebuild = name_of("torch._utils", "_rebuild_tensor_v2")
+    return rebuild + b"(" + storage + number(offset) + b"".join(sizes) + b"\x89}tR"
 NUMBERS = ("data/0", struct.pack("<4f", 1, 2, 3, 4))
 FOUR = (*ENVELOPE, NUMBERS)
 MADE = tensor(storage(4), 0, (4,), (1,))
@@ -341,8 +345,9 @@ def refused(path, sentence="cannot be imported"):
     tensor(storage(4), 0, (2,), (-1,)), tensor(storage(4), 0, (2,), (2**62,)), tensor(storage(4), 0, (2, 2), (1,)),
     tensor(storage(4, key="../0"), 0, (2,), (1,)), tensor(storage(4, key="7"), 0, (2,), (1,)),
     tensor(b"N", 0, (2,), (1,)), name_of("torch", "float32") + b")R", b"K\x01Q", b"}r\xff\xff\xff\xff", b"h\x07",
-    name_of("__main__", "Block") + b")\x81N\x85b", b"\x96" + struct.pack("<Q", 2**60), b"\x8e" + struct.pack("<Q", 2**60), b"]q\0h\0a" + b"h\0a"*100,
-    b"]q\0" + b"".join(b"]q" + bytes([i + 1]) + b"(h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60)) + b"h\x3c"])
+    name_of("__main__", "Block") + b")\x81N\x85b",
+    *(op + struct.pack("<Q", 2**60) for op in (b"\x96", b"\x8e")), # a bytearray and a string of 8-byte lengths
+    b"]q\0h\0a" + b"h\0a"*100, b"]q\0" + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(60)) + b"h\x3c"])
 def test_false_pickles_are_refused_in_one_sentence(tmp_path, made): refused(archive(tmp_path, program(made), FOUR))
 
 @pytest.mark.parametrize("data", [None, b"", b"\x80\x02", b"\xff"*50])
@@ -370,7 +375,9 @@ def test_nothing_that_a_name_stands_for_can_be_written_into(tmp_path, module, na
     refused(archive(tmp_path, program(name_of(module, name) + build), FOUR))
 
 
-def sized(count, step): return b"(" + storage(count) + number(0) + b"(" + number(5*10**10) + b"t(" + number(step) + b"tt"
+def sized(count, step):
+    return b"(" + storage(count) + number(0) + b"(" + number(5*10**10) + b"t(" + number(step) + b"tt"
+
 @pytest.mark.parametrize("state", [sized(4, 0), sized(4, 1), sized(0, 1), STATE[:-1], SLOTS[:-1]])
 def test_a_tensor_cannot_grow_after_it_is_made(tmp_path, state):
     "BUILD calls the __setstate__ of a tensor, which could give it another size."
