@@ -299,7 +299,7 @@ def test_a_class_that_is_allowed_by_name_is_still_inert(tmp_path):
     write = f"open({str(flag)!r}, 'w').write('x')"
     path = saved(attribute("note", Calls(eval, write)), tmp_path)
     assert isinstance(import_author_checkpoint(path, classes=("eval",)), RecurrentBlock) and not flag.exists()
-    for note, name in ((Calls(os.system, f"touch '{flag}'"), "system"), (bytearray(9), "bytearray")): # torch knows both
+    for note, name in ((Calls(os.system, f"touch '{flag}'"), "system"), (torch.Size([3]), "Size")): # torch decides on both
         with pytest.raises(RaptorError, match="cannot be imported"):
             import_author_checkpoint(saved(attribute("note", note), tmp_path), classes=(name,))
         assert not flag.exists()
@@ -335,8 +335,8 @@ def test_a_tensor_made_by_hand_is_read(tmp_path):
     swapped = (ENVELOPE[0], ("byteorder", b"big"), ("data/0", struct.pack(">4f", 1, 2, 3, 4)))
     assert read(MADE, swapped) == [1, 2, 3, 4]
 
-def refused(path, sentence="cannot be imported"):
-    with pytest.raises(RaptorError, match=sentence) as e: import_author_checkpoint(path)
+def refused(path, sentence="cannot be imported", read=read_pickle):
+    with pytest.raises(RaptorError, match=sentence) as e: read(path)
     assert "\n" not in str(e.value) and len(str(e.value)) < 600 and "made.pt" in str(e.value)
 
 @pytest.mark.parametrize("made", [
@@ -344,7 +344,7 @@ def refused(path, sentence="cannot be imported"):
     tensor(storage(4), 1, (4,), (1,)), tensor(storage(4), 0, (10**9,), (0,)), tensor(storage(4), -1, (2,), (1,)),
     tensor(storage(4), 0, (2,), (-1,)), tensor(storage(4), 0, (2,), (2**62,)), tensor(storage(4), 0, (2, 2), (1,)),
     tensor(storage(4, key="../0"), 0, (2,), (1,)), tensor(storage(4, key="7"), 0, (2,), (1,)),
-    tensor(b"N", 0, (2,), (1,)), name_of("torch", "float32") + b")R", b"K\x01Q", b"}r\xff\xff\xff\xff", b"h\x07",
+    tensor(b"N", 0, (2,), (1,)), name_of("torch", "float32") + b")R", b"K\x01Q", b"h\x07",
     name_of("__main__", "Block") + b")\x81N\x85b",
     *(op + struct.pack("<Q", 2**60) for op in (b"\x96", b"\x8e")), # a bytearray and a string of 8-byte lengths
     b"]q\0h\0a" + b"h\0a"*100, b"]q\0" + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(60)) + b"h\x3c"])
@@ -527,5 +527,5 @@ def test_importing_never_imports(tmp_path, monkeypatch):
     "No module of the file is imported, even one that exists."
     (tmp_path/"innocent_layers.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    refused(archive(tmp_path, program(name_of("innocent_layers", "Block") + b")\x81}b")), "no multi-head attention")
+    refused(archive(tmp_path, program(name_of("innocent_layers", "Block") + b")\x81}b")), "no multi-head", import_author_checkpoint)
     assert "innocent_layers" not in sys.modules
