@@ -39,6 +39,8 @@ META = dict(step=1, made_for="this", history=[], sums={}, count=0)
 def begin(path): run = Trained(); save_checkpoint(path, run, run.optimizer, META)
 def resume(path): run = Trained(); return load_checkpoint(path, run, run.optimizer, "this")
 
+def save_raptor(folder): return Raptor.create(Phases((1, 2)), 8, 2).save_pretrained(folder)
+
 def make_cache(folder):
     pytest.importorskip("zarr")
     spec = CacheSpec("0123", "by hand", "numbers", num_images=6, depth=2, layers=(0, 2), num_tokens=4, dim=2,
@@ -60,9 +62,11 @@ LOADERS = {
         lambda d: save_head(probe_task("depth").make_head(Shape, None, bins=4), d/"head.safetensors", {"bins": 4}),
         "head.safetensors", lambda d: load_head(Shape, "depth", d/"head.safetensors")),
     "checkpoint": (lambda d: begin(d/"c.safetensors"), "c.safetensors", lambda d: resume(d/"c.safetensors")),
-    "block": (lambda d: save_block(d/"b.safetensors", RecurrentBlock(8, 2), (0, 2)), "b.safetensors", lambda d: load_block(d/"b.safetensors")),
-    "raptor, weights": (lambda d: Raptor.create(Phases((1, 2)), 8, 2).save_pretrained(d), "model.safetensors", Raptor.from_pretrained),
-    "raptor, config": (lambda d: Raptor.create(Phases((1, 2)), 8, 2).save_pretrained(d), "config.json", Raptor.from_pretrained),
+    "block": (
+        lambda d: save_block(d/"b.safetensors", RecurrentBlock(8, 2), (0, 2)), "b.safetensors",
+        lambda d: load_block(d/"b.safetensors")),
+    "raptor, weights": (save_raptor, "model.safetensors", Raptor.from_pretrained),
+    "raptor, config": (save_raptor, "config.json", Raptor.from_pretrained),
     "cache": (make_cache, "zarr.json", read_cache),
     "cache, array": (make_cache, "states/zarr.json", read_cache),
     "cache, states": (make_cache, "states/c/0/1/0/0", read_cache),
@@ -243,7 +247,7 @@ def test_a_cache_without_chunks(tmp_path):
 
 @pytest.mark.parametrize("text", ["[" * 10**5, "9" * 5000, '{"format": ' + "9" * 5000 + "}"])
 def test_a_configuration_of_a_raptor_that_is_none(tmp_path, text):
-    Raptor.create(Phases((1,)), 8, 2).save_pretrained(tmp_path)
+    save_raptor(tmp_path)
     (tmp_path/"config.json").write_text(text)
     refused(Raptor.from_pretrained, tmp_path, "config.json")
 

@@ -109,7 +109,8 @@ def test_new_block_starts_near_the_identity():
 
 def test_depth_scaling_keeps_its_precision_under_autocast():
     block, x = awake(RecurrentBlock(8, 2, layer_scale=0.)), torch.randn(1, 3, 8)
-    with torch.no_grad(): block.gamma1.zero_(); block.gamma2.zero_()
+    with torch.no_grad():
+        for gamma in (block.gamma1, block.gamma2): gamma.zero_()
     with torch.autocast("cpu", dtype=torch.bfloat16): low = block(x, 11)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, block(x, 11), atol=1e-6, rtol=1e-6)
@@ -160,7 +161,8 @@ def test_weights_are_drawn_in_the_order_of_the_parts():
     torch.manual_seed(3)
     block = RecurrentBlock(8, 2)
     torch.manual_seed(3)
-    for name, shape in (("qkv", (8, 24)), ("proj", (8, 8)), ("mlp.fc1", (8, 64)), ("mlp.fc2", (32, 8)), ("scaling.fc1", (1, 16))):
+    shapes = {"qkv": (8, 24), "proj": (8, 8), "mlp.fc1": (8, 64), "mlp.fc2": (32, 8), "scaling.fc1": (1, 16)}
+    for name, shape in shapes.items():
         assert torch.equal(block.get_submodule(name).weight, nn.Linear(*shape).weight)
 
 
@@ -225,7 +227,7 @@ class Teacher(nn.Module):
 @pytest.fixture
 def student():
     torch.manual_seed(1)
-    return RaptorBackbone(Teacher(), Raptor([RecurrentBlock(8, 2, layer_scale=0.5) for _ in range(2)], Phases((1, 4)))).eval()
+    return RaptorBackbone(Teacher(), Raptor.create(Phases((1, 4)), 8, 2, layer_scale=0.5)).eval()
 
 
 def test_student_answers_as_its_teacher_does(student):
@@ -236,7 +238,8 @@ def test_student_answers_as_its_teacher_does(student):
     torch.testing.assert_close(torch.stack(list(student.states(states[:, 1], 1, 3)), 1), states[:, 2:4])
     torch.testing.assert_close(student.features(images), states[:, 4] + 1)
     torch.testing.assert_close(student(images), student.forward_features(images))
-    assert torch.equal(student.cls(states[:, 4]), states[:, 4, 0]) and torch.equal(student.patches(states[:, 4]), states[:, 4, 2:])
+    assert torch.equal(student.cls(states[:, 4]), states[:, 4, 0])
+    assert torch.equal(student.patches(states[:, 4]), states[:, 4, 2:])
     assert (student.depth, student.dim, student.num_prefix, student.grid, student.mean) == (4, 8, 2, (2, 2), (.5,)*3)
     assert (student.num_features, student.embed_dim, student.num_prefix_tokens) == (8, 8, 2)
 
@@ -267,7 +270,8 @@ def test_intermediates_are_sorted_and_the_final_state_is_the_last_unless_stopped
 
 def test_intermediates_agree_with_a_timm_model():
     timm = pytest.importorskip("timm")
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, depth=3, embed_dim=8, num_heads=2, reg_tokens=1).eval()
+    sizes = dict(img_size=32, num_classes=0, depth=3, embed_dim=8, num_heads=2, reg_tokens=1)
+    model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
     class Wrapped(nn.Module):
         depth, dim, num_prefix, grid, name, fingerprint = 3, 8, 2, (2, 2), "tiny", "0"
         def embed(self, images): return model.norm_pre(model._pos_embed(model.patch_embed(images)))
@@ -292,7 +296,8 @@ def test_fingerprint_of_a_student_follows_its_weights(student):
 
 
 def test_a_student_of_a_real_backbone_has_what_the_backbone_has():
-    backbone = pytest.importorskip("raptor.teacher.backbone").Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
+    create = pytest.importorskip("raptor.teacher.backbone").Backbone.create
+    backbone = create("vit_nano_patch4_reg4_24", pretrained=False)
     student = RaptorBackbone(backbone, Raptor.create(Phases((2, 6)), backbone.dim, backbone.num_heads))
     for name in "depth dim num_heads num_prefix num_registers num_tokens has_cls grid img_size mean std".split():
         assert getattr(student, name) == getattr(backbone, name)
@@ -382,17 +387,20 @@ def second(**changes): return dict(blocks=[BLOCK, {**BLOCK, **changes}])
     (dict(format=...), "exactly the keys"), (dict(weights="../../etc/passwd"), "exactly the keys"),
     (dict(format=2), "this version reads 1"), (dict(format=[0]*999), "has format"),
     (dict(phases=[1, 3]), "'ends' or 'assignment'"), (dict(phases={}), "'ends' or 'assignment'"),
-    (dict(phases={"ends": [1, 3], "x": 1}), "'ends' or 'assignment'"), (dict(phases={"ends": [1, 10**9]}), "integers in 0..1024"),
+    (dict(phases={"ends": [1, 3], "x": 1}), "'ends' or 'assignment'"),
+    (dict(phases={"ends": [1, 10**9]}), "integers in 0..1024"),
     (dict(phases={"ends": list(range(1, 3000))}), "integers in"), (dict(phases={"ends": [1, 2.5]}), "integers in"),
     (dict(phases={"ends": [3, 1]}), "increasing"), (dict(phases={"ends": [3]}), "one block for each of its 1"),
     (dict(phases={"assignment": [0, 2, 2]}), "every block"), (dict(blocks=[BLOCK]), "one block for each"),
     (second(dim=10**9), "dim is '1000000000'"), (second(hidden=10**12), "hidden is"), (second(path="../x"), "'path'"),
     (dict(blocks=[BLOCK, {k: v for k, v in BLOCK.items() if k != "mlp"}]), "'mlp'"),
     (dict(blocks=[BLOCK, "..."]), "sizes were expected"), (second(mlp="../../x"), "unknown mlp"),
-    (second(mlp=["x"]), "unknown mlp"), (second(dim="8"), "dim is '8'"), (second(hidden=16), "where the configuration needs"),
+    (second(mlp=["x"]), "unknown mlp"), (second(dim="8"), "dim is '8'"),
+    (second(hidden=16), "where the configuration needs"),
     (dict(blocks=[{**BLOCK, "dim": 65536}]*2), "where the configuration needs"),
     (second(depth_scaling=False), "where the configuration needs nothing"),
-    (dict(phases={"assignment": [0, 1, 0]}), "another config.json"), (dict(phases={"ends": [2, 3]}), "another config.json")])
+    (dict(phases={"assignment": [0, 1, 0]}), "another config.json"),
+    (dict(phases={"ends": [2, 3]}), "another config.json")])
 def test_a_false_configuration_is_refused_in_one_sentence(saved, changes, sentence):
     edit_config(saved[1], **changes)
     with pytest.raises(RaptorError, match=sentence) as e: Raptor.from_pretrained(saved[1])
@@ -421,15 +429,16 @@ def lie(name, **entry):
 
 GAMMA = "blocks.0.gamma1"
 @pytest.mark.parametrize("damage,sentence", [
-    *((lambda raw, n=n: raw[:n], "cannot be read") for n in (-1, 100, 4, 0)), (lambda raw: raw + b"\0", "cannot be read"),
-    (lambda raw: struct.pack("<Q", 2**62) + raw[8:], "cannot be read"), (lambda raw: b"\x80\x02]q\0." + raw, "cannot be read"),
+    *((lambda raw, n=n: raw[:n], "cannot be read") for n in (-1, 100, 4, 0)),
+    (lambda raw: raw + b"\0", "cannot be read"), (lambda raw: b"\x80\x02]q\0." + raw, "cannot be read"),
+    (lambda raw: struct.pack("<Q", 2**62) + raw[8:], "cannot be read"),
     (lambda raw: with_header(raw, lie(GAMMA, shape=[10**9])), "cannot be read"),
     (lambda raw: with_header(raw, lie(GAMMA, shape=[2**63])), "cannot be read"),
     (lambda raw: with_header(raw, lie(GAMMA, shape=[4, 2])), r"shape \(4, 2\) for"),
     (lambda raw: with_header(raw, lie(GAMMA, dtype="I32")), "as I32"),
     (lambda raw: with_header(raw, lie(GAMMA, dtype="F64")), "cannot be read"),
     (lambda raw: with_header(raw, lie(GAMMA, data_offsets=[0, 2**40])), "cannot be read"),
-    (lambda raw: with_header(raw, lambda h: h.update({"blocks.9.gamma1": h.pop(GAMMA)})), "hold nothing for blocks.0.gamma1"),
+    (lambda raw: with_header(raw, lambda h: h.update({"blocks.9.x": h.pop(GAMMA)})), f"hold nothing for {GAMMA}"),
     (lambda raw: with_header(raw, lambda h: h.pop("__metadata__")), "no note"),
     (lambda raw: with_header(raw, lambda h: h["__metadata__"].update(raptor="{")), "no note"),
     (lambda raw: with_header(raw, lambda h: h["__metadata__"].update(raptor="[" * 100_000)), "no note")])
@@ -517,13 +526,15 @@ def test_a_push_uploads_what_a_save_writes(saved, monkeypatch):
         return "the commit"
     monkeypatch.setattr(HfApi, "create_repo", create)
     monkeypatch.setattr(HfApi, "upload_folder", upload)
-    assert raptor.push_to_hub("mine", {"backbone": "teacher", "seed": 7}, {"top-1": 0.5}, private=True, branch="b") == "the commit"
+    record, metrics = {"backbone": "teacher", "seed": 7}, {"top-1": 0.5} # those of `saved`
+    assert raptor.push_to_hub("mine", record, metrics, private=True, branch="b") == "the commit"
     (created, (repo, files, how)) = uploads
     assert created["private"] and repo == "someone/mine" and how["revision"] == "b"
     assert files == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-@pytest.mark.parametrize("where", ["/no/such/folder", "./nowhere", "../nowhere", "nowhere", "a/b/c", "tests/nowhere", "~/nowhere-at-all"])
+@pytest.mark.parametrize("where", [
+    "/no/such/folder", "./nowhere", "../nowhere", "nowhere", "a/b/c", "tests/nowhere", "~/nowhere-at-all"])
 def test_a_path_that_does_not_exist_is_not_looked_for_on_a_hub(where, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
     with pytest.raises(RaptorError, match="does not exist"): Raptor.from_pretrained(where)
