@@ -1,5 +1,5 @@
 """Roots, atomic files and records."""
-import os, signal, subprocess, sys, textwrap, time
+import os, signal, subprocess, sys, textwrap
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,5 @@
 "CIFAR, ImageNet and folders, on files made here."
-import errno, hashlib, os, pickle, shutil, tarfile, tempfile, threading, warnings
+import errno, hashlib, pickle, shutil, tarfile, tempfile, threading, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from raptor.core import RaptorError
-from raptor.data.load import files as image_files, load_dataset
+from raptor.data import files as image_files
+from raptor.data.load import load_dataset
 from raptor.data.base import DatasetSpec
 from raptor.data.cifar import SOURCES
 from raptor.data.files import FileDataset, ImageArrays, ImageFiles, read_image

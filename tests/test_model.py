@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from raptor.core import RaptorError
-from raptor.model.raptor import Raptor, hub, tensors
+from raptor.model import hub, tensors
 from raptor.model.as_backbone import RaptorBackbone
+from raptor.model.raptor import Raptor
 from raptor.model.block import (
     BlockConfig, RecurrentBlock, attend, block_flops, flop_matched_hidden, load_block, save_block
 )

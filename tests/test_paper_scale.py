@@ -1,6 +1,5 @@
 """The paper's own scale without its data: exact recipes and seeds, the formats in miniature, the whole graph on random weights."""
 import os, re, shutil, signal, subprocess, sys, time
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -128,7 +127,7 @@ def test_unreadable_images_may_be_skipped_by_choice(at, tmp_path, monkeypatch):
     root = paper_files.make(tmp_path/"broken"); monkeypatch.setenv("RAPTOR_DATA", str(root))
     study = Study.open(changed(at))
     first = study.dataset("test").files(0)[0]; first.write_bytes(first.read_bytes()[:100])
-    with pytest.raises(RaptorError, match=str(first)): check_files(study.preset)
+    with pytest.raises(RaptorError, match=str(first)): check_files(study)
     values = yaml.safe_load((at/"small.yaml").read_text())
     values["data"]["on_error"] = values["probes"]["classification"]["data"]["on_error"] = "skip"; (at/"small.yaml").write_text(yaml.safe_dump(values))
     with pytest.warns(UserWarning, match="left out 1 unreadable"): assert len(Study.open(at/"small.yaml").dataset("test").skipped) == 1
@@ -154,13 +153,13 @@ def test_a_missing_part_is_named_before_any_work(data, tmp_path, gone, words):
 
 def test_a_missing_weight_file_is_named_before_any_work(at):
     preset = load_preset(changed(at, teacher__weights="nowhere/model.safetensors"))
-    with pytest.raises(RaptorError, match="teacher: there is no file .*data.*/nowhere/model.safetensors"): check_files(preset)
+    with pytest.raises(RaptorError, match="teacher: there is no file .*data.*/nowhere/model.safetensors"): check_files(Study.open(preset))
     preset = load_preset(changed(at, teacher__head="https://localhost:1/head.pth"))
-    with pytest.raises(RaptorError, match="could not be downloaded .* put it at .*weights/head.pth"): check_files(preset)
+    with pytest.raises(RaptorError, match="could not be downloaded .* put it at .*weights/head.pth"): check_files(Study.open(preset))
 
 
 def test_every_use_of_data_is_opened(at):
-    check_files(load_preset("dinov2_reduced"))
+    check_files(Study.open("dinov2_reduced"))
     assert [(u[0], u[2]) for u in data_uses(load_preset("dinov2_reduced"))] == [(p, s) for p in ("trajectories", "classification", "segmentation", "depth") for s in ("train", "test")]
 
 
@@ -181,7 +180,7 @@ def test_each_model_starts_from_the_head_of_its_own_backbone(at):
     path = changed(at, teacher__head=str(at/"teacher.pth"), extra_models__without_registers={"name": "vit_small_patch14_dinov2", "img_size": 56, "head": str(at/"extra.pth")})
     study = Study.open(path)
     assert torch.equal(study.official_head("k3-r0")[0], weights["teacher"]) and torch.equal(study.official_head("without_registers")[0], weights["extra"])
-    check_files(study.preset)
+    check_files(study)
 
 
 # the graph ------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,7 @@ import pandas as pd
 import pytest
 
 from raptor.core import RaptorError
-from raptor.figures import plots
-from raptor.study.experiments import curves
+from raptor.figures import curves, plots
 from raptor.figures.style import boundaries, draw_lines, group_style, mean_and_spread, new_axes, save_figure, use_style
 from raptor.phases import FragmentedPhases, Phases, published_distance
 

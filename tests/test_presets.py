@@ -10,7 +10,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from raptor.core import RaptorError, fingerprint, paper_root, read_json
-from raptor.pipeline.cli import needs
+from raptor.pipeline import needs
 from raptor.pipeline.needs import check_files, check_models, run_needs
 from raptor.probes.heads import DepthHead
 from raptor.probes.train import ProbeConfig
@@ -216,12 +216,12 @@ def test_seeds_that_are_not_given_are_the_usual_ones(tmp_path):
      "unknown split of digit_scenes 'tests'; did you mean 'test'"),
 ])
 def test_what_only_torch_can_tell_is_told_before_any_work(tmp_path, change, sentence):
-    with pytest.raises(RaptorError, match=sentence): check_files(load_preset(write(tmp_path, change)), tmp_path)
+    with pytest.raises(RaptorError, match=sentence): check_files(Study.open(write(tmp_path, change), tmp_path))
 
 
 def test_more_blocks_than_layers_in_the_sweep_are_left_out(tmp_path):
     preset = load_preset(write(tmp_path, lambda v: v["controls"].update(ks=[1, 9])))
-    check_files(preset, tmp_path)
+    check_files(Study.open(preset, tmp_path))
     assert control_runs(preset, {2: (3, 6)})["partitions-r0"].params["ks"] == [1, 2]
 
 
@@ -238,13 +238,13 @@ def test_models_are_looked_at_once(tmp_path, monkeypatch):
     looked = []
     monkeypatch.setattr(needs, "check_models", looked.append)
     mine = load_preset(write(tmp_path, lambda v: None))
-    check_files(load_preset("smoke"), tmp_path)
+    check_files(Study.open("smoke", tmp_path))
     assert not looked, "it ships with the package"
     (tmp_path/"mine").mkdir()
-    check_files(mine, tmp_path)
-    check_files(mine, tmp_path)
+    check_files(Study.open(mine, tmp_path))
+    check_files(Study.open(mine, tmp_path))
     assert looked == [mine], "the study keeps a mark of it"
-    check_files(changed(mine, stage2={**mine.stage2, "lr": 1e-4}), tmp_path)
+    check_files(Study.open(changed(mine, stage2={**mine.stage2, "lr": 1e-4}), tmp_path))
     assert len(looked) == 2, "it has changed since"
 
 

@@ -48,7 +48,7 @@ def _for_each(function, n, what):
     "The results of `function` on 0..n-1, called from a few threads; the first error cancels the remaining calls."
     def chunk(start): return [function(i) for i in range(start, min(start + 256, n))]
     results = []
-    with ThreadPoolExecutor() as pool, progress(total=n, desc=what, unit="file", delay=3, leave=False) as bar:
+    with ThreadPoolExecutor() as pool, progress(total=n, desc=what, unit=" files") as bar:
         for part in pool.map(chunk, range(0, n, 256)): # an error closes the iterator, which cancels waiting chunks
             results += part
             bar.update(len(part))
