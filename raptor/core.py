@@ -30,8 +30,7 @@ class RaptorError(Exception):
     "An error that a user can fix. Its message is one sentence: what is wrong, where, and what to do."
 
 # %% ../nbs/api/00_core.ipynb #b91d779c
-def check_name(
-    name:str, # what the user asked for
+def check_name(name:str, # what the user asked for
     choices, # the names that exist
     kind:str, # what is named, for the message: "preset", "notebook", ...
 ) -> str: # `name`, unchanged
@@ -44,14 +43,12 @@ def check_name(
     raise RaptorError(f"unknown {kind} {name!r}; {hint}")
 
 # %% ../nbs/api/00_core.ipynb #adef07fd
-def home_root(
-    root:str|Path|None=None, # takes precedence over the environment
+def home_root(root:str|Path|None=None, # takes precedence over the environment
 ) -> Path: # absolute path, not necessarily existing
     "The folder that runs write to: `root`, else `RAPTOR_HOME`, else `~/raptor-runs`."
     return Path(root or os.environ.get("RAPTOR_HOME") or Path.home()/"raptor-runs").expanduser().absolute()
 
-def data_root(
-    root:str|Path|None=None, # takes precedence over the environment
+def data_root(root:str|Path|None=None, # takes precedence over the environment
 ) -> Path: # absolute path, not necessarily existing
     "The folder that datasets are read from: `root`, else `RAPTOR_DATA`, else `~/raptor-data`."
     return Path(root or os.environ.get("RAPTOR_DATA") or Path.home()/"raptor-data").expanduser().absolute()
@@ -65,8 +62,7 @@ def paper_root() -> Path: # absolute path, existing: `raptor/paper` when install
     raise RaptorError(f"the paper's notebooks are missing beside {package}; install the package again.")
 
 # %% ../nbs/api/00_core.ipynb #5a0cd4ce
-def check_writable(
-    folder:str|Path, # created if it is missing
+def check_writable(folder:str|Path, # created if it is missing
     need_bytes:int=0, # free bytes that the work needs
 ) -> Path: # the folder, existing
     "Make sure that `folder` can be written and has `need_bytes` free; raise `RaptorError` otherwise."
@@ -85,8 +81,7 @@ def check_writable(
     return folder
 
 # %% ../nbs/api/00_core.ipynb #ef040bd8
-def seed_everything(
-    seed:int, # any integer; the same seed on the same machine gives the same weights
+def seed_everything(seed:int, # any integer; the same seed on the same machine gives the same weights
 ) -> int: # the seed
     "Seed Python, NumPy and torch (CPU and every accelerator), and ask for deterministic kernels where they exist."
     import numpy as np
@@ -98,23 +93,20 @@ def seed_everything(
     torch.backends.cudnn.deterministic = True
     return seed
 
-def seed_for(
-    *labels, # strings and integers that say what the randomness is for
+def seed_for(*labels, # strings and integers that say what the randomness is for
 ) -> int: # 0 <= seed < 2**63
     "A seed that is a pure function of `labels`: SHA-256 of their JSON, cut to 63 bits."
     digest = hashlib.sha256(json.dumps(labels).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 # %% ../nbs/api/00_core.ipynb #048874cf
-def fingerprint(
-    value, # anything JSON can hold; paths and tuples are written as strings and lists
+def fingerprint(value, # anything JSON can hold; paths and tuples are written as strings and lists
 ) -> str: # 16 hexadecimal digits
     "A short hash of `value` that does not depend on the order of dictionary keys."
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-def file_digest(
-    path:str|Path, # a file of any size; read in 1 MiB pieces
+def file_digest(path:str|Path, # a file of any size; read in 1 MiB pieces
 ) -> str: # 16 hexadecimal digits of its SHA-256
     "A short hash of the bytes of a file."
     h = hashlib.sha256()
@@ -124,8 +116,7 @@ def file_digest(
 
 # %% ../nbs/api/00_core.ipynb #171212c0
 @contextmanager
-def atomic_path(
-    path:str|Path, # final destination; its folder is created
+def atomic_path(path:str|Path, # final destination; its folder is created
 ):
     "Yield a temporary path that becomes `path` on success and is removed on failure; a full disk raises `RaptorError`."
     path = Path(path)
@@ -142,17 +133,14 @@ def atomic_path(
         raise RaptorError(f"{path} cannot be written: {os.strerror(e.errno).lower()}; "
                           "free some space there and run the same command again.") from e
 
-# %% ../nbs/api/00_core.ipynb #2edd956f
-def write_json(
-    path:str|Path, # destination
+def write_json(path:str|Path, # destination
     value, # anything JSON can hold
 ) -> Path: # the destination
     "Write `value` as indented JSON, atomically."
     with atomic_path(path) as t: t.write_text(json.dumps(value, indent=1, default=str) + "\n")
     return Path(path)
 
-def read_json(
-    path:str|Path, # a JSON file
+def read_json(path:str|Path, # a JSON file
 ):
     "Read a JSON file; a file that is not JSON is a `RaptorError` that names it."
     try: return json.loads(Path(path).read_text())
@@ -163,8 +151,7 @@ def read_json(
 # %% ../nbs/api/00_core.ipynb #676c82bd
 class progress: # noqa: N801 (called like tqdm)
     "A progress bar on a terminal or in a live notebook; silent elsewhere, and where `RAPTOR_PROGRESS=0`."
-    def __init__(self,
-        total:int, # units of work
+    def __init__(self, total:int, # units of work
         desc:str="", # what is done
         initial:int=0, # units that are done already
         unit:str="", # name of a unit, for example " images"
@@ -203,7 +190,6 @@ def code_version() -> str: # for example "0.1.0+3f2c1ab" or "0.1.0"
     except FileNotFoundError: return __version__ # git is not installed
     return f"{__version__}+{commit}{'-dirty' if dirty else ''}"
 
-# %% ../nbs/api/00_core.ipynb #104fb03d
 @lru_cache(maxsize=1)
 def hardware() -> str: # for example "NVIDIA H200" or "AMD EPYC 7B13, 2 cores"
     "The accelerator's name if torch is loaded and finds one, else the CPU's name and its usable cores."
@@ -221,7 +207,6 @@ def _cpu_info() -> dict: # what Linux says of the first core; empty elsewhere
     lines = info.read_text().partition("\n\n")[0].splitlines() if info.exists() else []
     return {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
-# %% ../nbs/api/00_core.ipynb #bb61c2e7
 def versions() -> str: # e.g. "python 3.11.7, torch 2.9.0, timm 1.0.22"
     "Versions of Python and of the libraries that affect the numbers."
     def version(name):
@@ -230,8 +215,7 @@ def versions() -> str: # e.g. "python 3.11.7, torch 2.9.0, timm 1.0.22"
     return ", ".join([f"python {platform.python_version()}", *map(version, ("torch", "torchvision", "timm"))])
 
 # %% ../nbs/api/00_core.ipynb #27b260f7
-def run_record(
-    seed:int|None=None, # the seed that the run started from
+def run_record(seed:int|None=None, # the seed that the run started from
     data:str|None=None, # fingerprint of the data set and its transform
     **more, # further plain values: preset, span, replica, ...
 ) -> dict: # flat, JSON-serialisable, the same for the same run
@@ -239,8 +223,7 @@ def run_record(
     return {**more, "seed": seed, "data": data, "code": code_version(), "hardware": hardware(), "versions": versions()}
 
 # %% ../nbs/api/00_core.ipynb #a8821211
-def mixed_precision(
-    precision:str="auto", # auto | no | bf16 | fp16
+def mixed_precision(precision:str="auto", # auto | no | bf16 | fp16
 ) -> str: # no | bf16 | fp16
     "The precision to pass to Accelerate: `auto` is bfloat16 where the hardware has it, else full precision."
     if check_name(precision, ("auto", "no", "bf16", "fp16"), "precision") != "auto": return precision
@@ -253,8 +236,7 @@ def _cpu_flags() -> set: # instruction-set extensions
     return set((_cpu_info().get("flags") or _cpu_info().get("features") or "").split())
 
 # %% ../nbs/api/00_core.ipynb #42d24a91
-def document(
-    obj, # a function or a class, changed in place; anything else is left alone
+def document(obj, # a function or a class, changed in place; anything else is left alone
 ): # `obj`
     "Add the docments of a function, or of a class and its public methods, to the docstrings that `help` shows."
     if isinstance(obj, type):

@@ -32,8 +32,7 @@ class Partition:
         "Maximal runs (start, end] of one block, in order of depth; `block_of(end)` is the block of a run."
         ends = np.cumsum([len(list(run)) for _, run in groupby(self.assignment)]).tolist()
         return list(zip([0, *ends], ends))
-    def block_of(self,
-        layer:int, # 1..L
+    def block_of(self, layer:int, # 1..L
     ) -> int: # 0..k-1
         "The block that makes state `layer`."
         if not isinstance(layer, Integral) or not 1 <= layer <= self.depth:
@@ -101,8 +100,7 @@ def _layer_vectors(source, limit, batch_size, seed=None):
         if (left := left - len(states)) <= 0: return
 
 # %% ../nbs/api/01_phases.ipynb #91107eaa
-def layer_distance(
-    source, # a `TrajectorySource`, or anything with its `batches` and `num_prefix`
+def layer_distance(source, # a `TrajectorySource`, or anything with its `batches` and `num_prefix`
     metric:str="cosine", # "cosine": 1 - cos, in 0..2; "mse": mean squared difference over the width
     limit:int|None=None, # number of images to use; None: all
     batch_size:int=64, # images read at a time; does not change the result
@@ -125,8 +123,7 @@ def layer_distance(
     return check_distance(distance)
 
 # %% ../nbs/api/01_phases.ipynb #7241adc8
-def layer_norms(
-    source, # as in `layer_distance`
+def layer_norms(source, # as in `layer_distance`
     limit:int|None=None, # number of images; None: all
     batch_size:int=64, # images read at a time
     seed:int|None=None, # of the draw of `limit` images; None: the first ones
@@ -140,8 +137,7 @@ def layer_norms(
     return pd.DataFrame(rows, columns=["layer", "token_kind", "value", "std"])
 
 # %% ../nbs/api/01_phases.ipynb #9eca652c
-def check_distance(
-    distance, # (L, L): array, tensor or data frame
+def check_distance(distance, # (L, L): array, tensor or data frame
 ) -> np.ndarray: # (L, L) float64
     "The matrix as float64; `RaptorError` unless it is square, finite, non-negative and symmetric with a zero diagonal."
     try: d = np.asarray(distance, dtype=np.float64)
@@ -156,8 +152,7 @@ def check_distance(
     return d
 
 # %% ../nbs/api/01_phases.ipynb #0e87231b
-def cut_weight(
-    distance, # (L, L) distances
+def cut_weight(distance, # (L, L) distances
     ends, # a partition: ends, `Phases`, `FragmentedPhases` or an assignment
 ) -> float: # between 0 and the total weight
     "Sum of the distances between layers in different blocks, each pair counted once."
@@ -176,8 +171,7 @@ def _room(depth, k, min_size):
     return depth - k*(min_size - 1), np.arange(1, k + 1)*(min_size - 1)
 
 # %% ../nbs/api/01_phases.ipynb #83eefc64
-def max_cut(
-    distance, # (L, L) distances
+def max_cut(distance, # (L, L) distances
     k:int, # number of phases, 1..L
     min_size:int=1, # least number of layers in a phase
 ) -> Phases: # among equal cuts, the one with the lexicographically smallest ends
@@ -198,8 +192,7 @@ def max_cut(
 # %% ../nbs/api/01_phases.ipynb #0130eb20
 MAX_BISECTED = 24 # layers: 2**23 subsets, about 0.2 GB and a fraction of a second
 
-def best_bisection(
-    distance, # (n, n) distances between the members of one cluster
+def best_bisection(distance, # (n, n) distances between the members of one cluster
     min_size:int=1, # least size of either half
 ) -> tuple: # weight cut; (n,) bool, True for the far side from the first, or None if none is allowed
     "The exact max-cut of a cluster, by enumeration; among equal cuts an interval is preferred, the earliest first."
@@ -218,8 +211,7 @@ def best_bisection(
     return float(cut[code]), np.array([False, *((code >> i) & 1 == 1 for i in range(n-1))])
 
 # %% ../nbs/api/01_phases.ipynb #2ebe2624
-def recursive_max_cut(
-    distance, # (L, L) distances
+def recursive_max_cut(distance, # (L, L) distances
     eps:float, # least gain of a cut, as a fraction of the total weight, 0..1
     min_size:int=2, # least number of layers in a phase
 ) -> Partition: # `Phases` if the clusters are intervals, else `FragmentedPhases`
@@ -236,8 +228,7 @@ def recursive_max_cut(
     return as_phases(labels.tolist(), len(d))
 
 # %% ../nbs/api/01_phases.ipynb #bf8b1e04
-def all_segmentations(
-    depth:int, # number of layers L
+def all_segmentations(depth:int, # number of layers L
     k:int, # number of phases
     min_size:int=1, # least number of layers in a phase
 ) -> list: # of `Phases`, in lexicographic order of their ends
@@ -247,8 +238,7 @@ def all_segmentations(
     return [Phases(np.add((*cuts, room), given_up)) for cuts in combinations(range(1, room), k-1)]
 
 # %% ../nbs/api/01_phases.ipynb #d451b1fa
-def random_segmentations(
-    depth:int, # number of layers L
+def random_segmentations(depth:int, # number of layers L
     k:int, # number of phases
     n:int, # number of segmentations
     seed:int, # the same seed gives the same list
@@ -265,8 +255,7 @@ def _check_draws(n, available, what):
     "Refuse to draw more distinct partitions than exist."
     if not 0 <= n <= available: raise RaptorError(f"{n} distinct {what} cannot be drawn; there are {available}.")
 
-def random_fragmented(
-    counts:tuple, # number of layers of each block
+def random_fragmented(counts:tuple, # number of layers of each block
     n:int, # number of partitions
     seed:int, # the same seed gives the same list
 ) -> list: # of `n` `FragmentedPhases`, no two the same partition

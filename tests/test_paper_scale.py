@@ -72,7 +72,7 @@ def test_the_dry_run_lists_the_papers_sixty_runs(tmp_path):
     assert seeds["probe"] == [*range(4000, 4011), *range(5000, 5011), *range(6000, 6011)]
     assert [name for k, name, s in runs if k == "block" and int(s) < 106] == [f"{span}-r0" for span in ("0-7", "7-10", "0-4", "4-7", "10-12", "7-12")]
     assert "18 block runs, 9 raptor runs, 33 probe runs; disk_gb: 5, gpu_hours: 112" in said.stdout
-    for folder in ("imagenet", "ADEChallengeData2016", "nyuv2"): assert f"{tmp_path/folder} (not there)" in said.stdout
+    for folder in ("imagenet", "ADEChallengeData2016", "nyuv2"): assert f"{tmp_path/folder} (not found)" in said.stdout
 
 
 def test_the_recipe_is_the_papers():

@@ -346,12 +346,12 @@ def imported(sources):
 def required(names): return {re.match(r"[\w-]+", n).group().lower().replace("-", "_") for n in names}
 
 def test_what_is_imported_is_declared_and_nothing_else():
-    known_as = {"sklearn": "scikit_learn", "yaml": "pyyaml", "PIL": "pillow", "IPython": "ipykernel"}
+    known_as = {"sklearn": "scikit_learn", "yaml": "pyyaml", "PIL": "pillow", "IPython": "ipython", "snakemake_interface_executor_plugins": "snakemake_interface_executor_plugins"}
     sources = [p.read_text() for p in SOURCES] + [c.source for p in PAPER for c in code(p)]
     used = {known_as.get(n, n) for n in imported(sources)}
     declared = required(pyproject()["project"]["dependencies"])
     assert not used - declared, f"imported and not declared: {sorted(used - declared)}"
-    needed_by_others = {"ipykernel", "jinja2"} # papermill's kernel; pandas' styled tables
+    needed_by_others = {"jinja2"} # pandas' styled tables
     assert not declared - used - needed_by_others, f"declared and not imported: {sorted(declared - used - needed_by_others)}"
 
 BLOCKED = """

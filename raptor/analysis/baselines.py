@@ -136,7 +136,6 @@ def fit_linear(stream:Iterable, # trajectories (B, L+1, N, D)
         spans.append(LinearSpan(s, e, weight, my - weight @ mx))
     return SpanChain(spans, phases, dim)
 
-# %% ../../nbs/api/analysis/01_baselines.ipynb #e1c3d2a2
 def fit_dmd(stream:Iterable, # trajectories (B, L+1, N, D)
             phases:Phases|FragmentedPhases, # one operator for each of its spans
             ridge:float=0.0, # penalty on K, as a fraction of the mean square of the inputs, >= 0

@@ -30,8 +30,7 @@ def _push(state, seed, layer, first):
     return noise / noise.norm(dim=-1, keepdim=True) * x.norm(dim=-1, keepdim=True)
 
 @torch.no_grad()
-def perturbation_decay(
-    model, # anything with `.depth` and `.advance(state, start, end)`: a Backbone, a Raptor, ...
+def perturbation_decay(model, # anything with `.depth` and `.advance(state, start, end)`: a Backbone, a Raptor, ...
     stream:Iterable, # trajectories (B, any, N, D) of which state 0 is used: `source.batches(64, end=0)`
     start_layers, # states to push, each in 0..depth-1
     sizes, # lengths of the push relative to the token, each > 0

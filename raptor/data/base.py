@@ -37,8 +37,7 @@ class ImageDataset(Dataset):
     "Base class of all datasets: items are `{'image', 'target', 'index'}`."
     transform, eval_crop, labels = "none", None, None # a subclass overrides what applies
 
-    def __init__(self,
-        spec:DatasetSpec, # the request
+    def __init__(self, spec:DatasetSpec, # the request
         class_names=(), # one name for each class of the task
     ):
         self.spec, self.class_names, self.epoch = spec, tuple(class_names), 0
@@ -66,16 +65,14 @@ class ImageDataset(Dataset):
         return default_collate([self[i] for i in self.check_index(indices).tolist()])
 
 # %% ../../nbs/api/data/00_base.ipynb #ea165d37
-def random_table(
-    labels, # purpose of the numbers: strings and integers
+def random_table(labels, # purpose of the numbers: strings and integers
     rows:int, # one row for each item
     columns:int, # numbers for each item
 ) -> np.ndarray: # (rows, columns) float64 in [0, 1)
     "Uniform numbers from a counter-based generator keyed by `labels`: row i does not depend on the number of rows."
     return np.random.Generator(np.random.Philox(key=seed_for(*labels))).random((rows, columns))
 
-def limited(
-    n:int, # number of items without the limit
+def limited(n:int, # number of items without the limit
     spec:DatasetSpec, # limit and seed
 ) -> np.ndarray: # positions; ascending if there is no limit
     "The positions that a limit keeps, in a fixed random order, because files are sorted by class."
@@ -84,8 +81,7 @@ def limited(
     return np.argsort(table[:, 0], kind="stable")[:spec.limit]
 
 # %% ../../nbs/api/data/00_base.ipynb #5f80c9fe
-def shifted_crop(
-    images:torch.Tensor, # (B, C, H, W) uint8
+def shifted_crop(images:torch.Tensor, # (B, C, H, W) uint8
     shift:torch.Tensor, # (B, 2) int64: rows and columns by which the window moves, each in -pad..pad
     flip:torch.Tensor, # (B,) bool: mirror left and right
     pad:int, # zeros added on each side
@@ -98,8 +94,7 @@ def shifted_crop(
     return padded[torch.arange(b)[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 # %% ../../nbs/api/data/00_base.ipynb #092bf52a
-def normalise(
-    images:torch.Tensor, # (B, 1 or 3, h, w) uint8
+def normalise(images:torch.Tensor, # (B, 1 or 3, h, w) uint8
     mean, # three numbers, of pixels in 0..1
     std, # three numbers, of pixels in 0..1
     size=None, # (H, W) of the result; None keeps h, w

@@ -59,8 +59,7 @@ class CifarArrays(ArrayDataset):
     def content(self): return SOURCES[self.spec.kind].tgz_md5
 
 # %% ../../nbs/api/data/03_cifar.ipynb #24ac4fa0
-def cifar(
-    spec:DatasetSpec, # "cifar10" or "cifar100", and the split
+def cifar(spec:DatasetSpec, # "cifar10" or "cifar100", and the split
     folder:Path, # holds the archive, its content, or {train,test}/<class>/
     download:bool=False, # fetch an archive that is missing
 ) -> ArrayDataset: # in memory

@@ -29,8 +29,7 @@ def _read_pair(image_path, target_path, decode):
     raise RaptorError(f"{target_path} is {sizes}; make them equal, or load with on_error='skip' to leave the pair out.")
 
 # %% ../../nbs/api/data/04_dense.ipynb #c04a350e
-def ade_labels(
-    raw, # (H, W) uint8 as in the file: an array or a Pillow image
+def ade_labels(raw, # (H, W) uint8 as in the file: an array or a Pillow image
     path="", # file name, for error messages
 ) -> torch.Tensor: # (H, W) uint8: 0..149, or 255 to ignore
     "Convert raw annotation values to class numbers; raises `RaptorError` for values above 150."
@@ -70,8 +69,7 @@ class ADE20K(FileDataset):
         return image.as_subclass(torch.Tensor), target.as_subclass(torch.Tensor).long()
 
 # %% ../../nbs/api/data/04_dense.ipynb #e15f3e0a
-def depth_metres(
-    image, # Pillow image of a depth map
+def depth_metres(image, # Pillow image of a depth map
     split:str, # "train": 8 bit, "val": 16 bit
     path="", # file name, for error messages
 ) -> torch.Tensor: # (H, W) float32 metres, 0 where nothing was measured
@@ -84,16 +82,14 @@ def depth_metres(
     return torch.from_numpy(np.asarray(image).astype(np.float64)/per_metre).float()
 
 # %% ../../nbs/api/data/04_dense.ipynb #41a1e8dd
-def frame_padding(
-    size:tuple, # (H, W) of the unpadded frame
+def frame_padding(size:tuple, # (H, W) of the unpadded frame
     patch:int=14, # side of a patch in pixels
 ) -> tuple: # (top, bottom, left, right) px that make both sides multiples of `patch`
     "Symmetric padding to whole patches; an odd pixel goes to the bottom or the right."
     rows, cols = (-s % patch for s in size)
     return rows//2, rows - rows//2, cols//2, cols - cols//2
 
-def eigen_crop(
-    size:tuple=(480, 640), # (H, W) of the unpadded frame
+def eigen_crop(size:tuple=(480, 640), # (H, W) of the unpadded frame
 ) -> tuple: # (top, bottom, left, right) in the padded frame
     "The Eigen crop, scaled to `size` and moved by the padding."
     (h, w), (top, _, left, _) = size, frame_padding(size)
@@ -101,8 +97,7 @@ def eigen_crop(
     return *rows, *cols
 
 # %% ../../nbs/api/data/04_dense.ipynb #3c9237c9
-def crop_window(
-    size:tuple, # (H, W) of the image
+def crop_window(size:tuple, # (H, W) of the image
     scale:float, # area of the window relative to that of the image
     place:tuple, # two numbers in 0..1: from top to bottom, from left to right
     ratio:float=4/3, # width over height of the window

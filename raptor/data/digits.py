@@ -31,8 +31,7 @@ def _read_digits():
     return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
 
 @lru_cache(maxsize=None)
-def digit_split(
-    split:str, # "train", "val" or "test"
+def digit_split(split:str, # "train", "val" or "test"
 ) -> tuple: # glyphs (n, 8, 8) float32 in 0..1, labels (n,) int64, positions (n,) in scikit-learn's dataset
     "The scanned digits of one split: a fixed 60, 15 or 25 % of each class."
     (scans, classes), order = _read_digits(), random_table(("digit split",), 1797, 1)[:, 0]
@@ -60,8 +59,7 @@ class Digits(ArrayDataset):
 FRAME, FOCAL, DIGIT_HEIGHT, WALL, INK = 24, 100., 0.4, 5., 0.25 # px, px, m, m, fraction of full ink
 NEAREST, FARTHEST, GAP = 2., 4., 1.25 # m, m, smallest ratio of the two depths
 
-def interpolation_matrix(
-    start:torch.Tensor, # (B,) where the digit's box begins, in px of the frame
+def interpolation_matrix(start:torch.Tensor, # (B,) where the digit's box begins, in px of the frame
     extent:torch.Tensor, # (B,) length of the box, in px of the frame
     pixels:int, # samples across the frame
     cells:int=8, # samples across the digit
@@ -74,8 +72,7 @@ def interpolation_matrix(
     return weight*((u >= 0) & (u < 1))[..., None]
 
 # %% ../../nbs/api/data/01_digits.ipynb #29e0361c
-def render_scenes(
-    glyphs:torch.Tensor, # (B, 2, 8, 8) float in 0..1: the nearer digit first
+def render_scenes(glyphs:torch.Tensor, # (B, 2, 8, 8) float in 0..1: the nearer digit first
     labels:torch.Tensor, # (B, 2) int64 digits
     depth:torch.Tensor, # (B, 2) metres
     corner:torch.Tensor, # (B, 2, 2) top and left of each digit's box, in px of the 24 x 24 frame
@@ -95,8 +92,7 @@ def render_scenes(
     return (255*image).round().byte()[:, None], classes.byte(), metres
 
 # %% ../../nbs/api/data/01_digits.ipynb #788c6ef6
-def draw_scenes(
-    n:int, # number of scenes
+def draw_scenes(n:int, # number of scenes
     split:str, # split that the digits come from
     seed:int, # of places, depths and choice of digits
     epoch:int=0, # 0 for fixed scenes

@@ -30,8 +30,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 # %% ../../nbs/api/data/02_files.ipynb #1627a529
-def read_image(
-    path:str|Path, # any format that Pillow decodes
+def read_image(path:str|Path, # any format that Pillow decodes
     mode:str|None="RGB", # Pillow's mode to convert to; None keeps the file's own
 ) -> Image.Image: # fully decoded
     "Decode an image file; raises `RaptorError` naming the file if it is missing or broken."
@@ -92,8 +91,7 @@ def _unreadable(dataset):
 # %% ../../nbs/api/data/02_files.ipynb #b2734ae5
 class FileDataset(ImageDataset):
     "Items decoded from files on access; a subclass says how to `read` an item and how to `prepare` it."
-    def __init__(self,
-        spec:DatasetSpec, # the request
+    def __init__(self, spec:DatasetSpec, # the request
         folder:Path, # folder that the paths are relative to
         rows, # the files of each item: n tuples of relative paths
         class_names=(), # one name for each class
@@ -180,8 +178,7 @@ class ImageArrays(ArrayDataset):
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), {"classification": self.labels}
 
 # %% ../../nbs/api/data/02_files.ipynb #38f9b5d0
-def list_images(
-    spec:DatasetSpec, # whose images; for error messages
+def list_images(spec:DatasetSpec, # whose images; for error messages
     folder:Path, # the dataset's folder
     split:str="", # name of the split's folder; empty if the class folders stand directly in `folder`
 ) -> tuple: # class names, relative paths sorted within each class, labels
@@ -220,8 +217,7 @@ def _small_shape(folder, paths):
     if not shapes or max(map(max, shapes)) > 64 or len(paths)*shapes[0][0]*shapes[0][1]*3 > 2e9: return None
     return shapes[0]
 
-def image_folder(
-    spec:DatasetSpec, # the request; its size may be None
+def image_folder(spec:DatasetSpec, # the request; its size may be None
     folder:Path, # holds class folders, or split folders that hold them
 ) -> ImageDataset: # in memory if the images are small
     "Any folder of class folders, with or without split folders above them."

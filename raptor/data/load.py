@@ -34,8 +34,7 @@ DATASETS = {
     "folder": DatasetInfo(_LABEL, None, folder=""), # the path follows the name
 }
 
-def data_folder(
-    name:str, # a dataset, as `load_dataset` knows it
+def data_folder(name:str, # a dataset, as `load_dataset` knows it
     root=None, # root of the datasets; default RAPTOR_DATA
 ) -> Path|None: # None for a dataset that needs no files
     "The folder that a dataset is read from."
@@ -56,8 +55,7 @@ def _open(spec, folder, download):
     return {"folder": image_folder, "ade20k": ADE20K, "nyuv2": NYUv2}[spec.kind](spec, folder)
 
 # %% ../../nbs/api/data/05_load.ipynb #b4ade8ba
-def load_dataset(
-    name:str, # a key of `DATASETS`, or "folder:PATH"
+def load_dataset(name:str, # a key of `DATASETS`, or "folder:PATH"
     split:str, # "train", "val" or "test"; the paper's datasets have "train" and "val"
     task:str="classification", # "classification", "segmentation", "depth" or "all"
     root=None, # root of the datasets; default RAPTOR_DATA

@@ -95,8 +95,7 @@ def plot_loss_curve(
 
 # %% ../../nbs/api/figures/02_plots.ipynb #24ad182a
 @style.use_style()
-def plot_accuracy_r2(
-    frame:pd.DataFrame, # one row for each replica: columns k, accuracy (a fraction), r2; NaN: not run
+def plot_accuracy_r2(frame:pd.DataFrame, # one row for each replica: columns k, accuracy (a fraction), r2; NaN: not run
     teacher:float, # accuracy of the teacher, a fraction
     references:dict|None=None, # accuracies of other models by name, drawn as horizontal lines like the teacher's
     axes=None): # two axes; None: a new figure

@@ -91,7 +91,6 @@ def group_style(name, # the group: "cls", "k=3", a layer, ...
         style.update(color=mpl.colormaps["cividis"](shade), linestyle="-")
     return style
 
-# %% ../../nbs/api/figures/00_style.ipynb #94c9adbb
 def mark_not_run(ax, # axes
                  at=()): # positions on the x axis; none: the middle of empty axes
     "Write \"not run\" where a result is missing."
@@ -107,8 +106,7 @@ def draw_legend(ax, # axes
     if ax.get_legend_handles_labels()[1] not in shown: ax.legend(**kwargs)
 
 # %% ../../nbs/api/figures/00_style.ipynb #215e4229
-def draw_lines(
-    ax, # axes
+def draw_lines(ax, # axes
     frame:pd.DataFrame, # columns x, value (NaN: not run), optionally hue and std; rows at one position are replicas
     x:str, # column of positions
     hue:str|None=None, # column that tells the lines apart; None, or not in the frame: one line

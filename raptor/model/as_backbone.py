@@ -18,8 +18,7 @@ from .tensors import weights_digest
 # %% ../../nbs/api/model/05_as_backbone.ipynb #c7a555c2
 class RaptorBackbone(Recurrence):
     "A Raptor between the embedding and the final norm of its teacher; `RaptorError` if their depth or width differ."
-    def __init__(self,
-        backbone:nn.Module, # the teacher, a `Backbone`
+    def __init__(self, backbone:nn.Module, # the teacher, a `Backbone`
         raptor:Raptor, # of the depth and width of the teacher
     ):
         super().__init__()
@@ -51,14 +50,12 @@ class RaptorBackbone(Recurrence):
     def patches(self, state:Tensor) -> Tensor: return self.backbone.patches(state)
     def forward(self, images:Tensor) -> Tensor: return self.features(images)
 
-    def embed(self,
-        images:Tensor, # (B, 3, H, W), normalised for the teacher
+    def embed(self, images:Tensor, # (B, 3, H, W), normalised for the teacher
     ) -> Tensor: # (B, N, D) state 0
         "State 0, by the teacher."
         return self.backbone.embed(images)
 
-    def trajectory(self,
-        images:Tensor, # (B, 3, H, W), normalised for the teacher
+    def trajectory(self, images:Tensor, # (B, 3, H, W), normalised for the teacher
         start:int=0, # index of the first state to keep
         end:int|None=None, # index of the last state; None: L
     ) -> Tensor: # (B, end-start+1, N, D)
@@ -66,22 +63,19 @@ class RaptorBackbone(Recurrence):
         self.check_span(start, end)
         return self.rollout(self.advance(self.embed(images), 0, start), start, end)
 
-    def norm(self,
-        state:Tensor, # (..., N, D)
+    def norm(self, state:Tensor, # (..., N, D)
     ) -> Tensor: # (..., N, D)
         "The final norm of the teacher."
         return self.backbone.norm(state)
 
-    def features(self,
-        images:Tensor, # (B, 3, H, W), normalised for the teacher
+    def features(self, images:Tensor, # (B, 3, H, W), normalised for the teacher
     ) -> Tensor: # (B, N, D)
         "The last state after the final norm, the input of a probe."
         return self.norm(self.advance(self.embed(images)))
 
     def forward_features(self, images:Tensor) -> Tensor: return self.features(images) # timm's name of `features`
 
-    def forward_intermediates(self,
-        images:Tensor, # (B, 3, H, W), normalised for the teacher
+    def forward_intermediates(self, images:Tensor, # (B, 3, H, W), normalised for the teacher
         indices:int|list[int]|None=None, # as in timm: the last n layers, a list of layers (from 0), or all
         return_prefix_tokens:bool=False, # pairs (patches, prefix) in place of patches
         norm:bool=False, # apply the final norm

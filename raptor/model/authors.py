@@ -85,8 +85,7 @@ def _list_names(program):
     return names
 
 # %% ../../nbs/api/model/06_authors.ipynb #2c6ae485
-def flatten(
-    root, # stand-ins, dictionaries, lists and tensors
+def flatten(root, # stand-ins, dictionaries, lists and tensors
 ) -> tuple[dict[str, Tensor], list]: # tensors by dotted name; (dotted name, attribute, value) of plain attributes
     "The tensors and the plain attributes of a tree of stand-ins."
     tensors, attributes, todo, seen = {}, [], [("", root)], 0
@@ -117,8 +116,7 @@ def _children(value):
     return children | {key: child for key, child in state.items() if isinstance(key, str) and not key.startswith("_")}
 
 # %% ../../nbs/api/model/06_authors.ipynb #4b19c643
-def read_pickle(
-    path:str|Path, # a file of `torch.save`
+def read_pickle(path:str|Path, # a file of `torch.save`
     classes=(), # further class names to replace by stand-ins
 ) -> tuple[dict[str, Tensor], list]: # as from `flatten`; the tensors are views of the file
     "Read a file of `torch.save` without running it; raises `RaptorError` if it holds anything else."
@@ -189,8 +187,7 @@ def _mlp(tensors, modules, dim):
     shapes = f"{tuple(first[0].shape)} and {tuple(second[0].shape)}"
     raise RaptorError(f"matrices of shape {shapes} make no SwiGLU and no GELU MLP of width {dim}.")
 
-def translate_block(
-    tensors:dict[str, Tensor], # of one block, by name inside it
+def translate_block(tensors:dict[str, Tensor], # of one block, by name inside it
 ) -> tuple[dict, dict[str, Tensor]]: # sizes (dim, mlp, hidden, depth_scaling), and weights by our names
     "The weights of a recurrent block of another implementation; raises `RaptorError` if one is missing or left over."
     tensors = dict(tensors)
@@ -273,8 +270,7 @@ def _blocks(tensors, attributes, depth, num_heads, path):
     inside = [{name[len(p):]: value for name, value in tensors.items() if name.startswith(p)} for p in prefixes]
     return [_block(own, _num_heads(attributes, p, num_heads), path) for p, own in zip(prefixes, inside)]
 
-def import_author_checkpoint(
-    path:str|Path, # a file of `torch.save`, whole module or state dict
+def import_author_checkpoint(path:str|Path, # a file of `torch.save`, whole module or state dict
     depth:int=12, # L: the layers that the whole model stands for
     ends:tuple|None=None, # ends of the phases, closing with `depth`; needed if the file does not state them
     num_heads:int|None=None, # needed if the file does not state it (a state dict)

@@ -23,8 +23,7 @@ from .tensors import fill, read_note, write_tensors
 # %% ../../nbs/api/model/02_block.ipynb #27e08eba
 MAX_WIDTH, MAX_DEPTH = 2**16, 2**10 # of a Raptor that this package builds or reads
 
-def check_count(
-    value, # anything
+def check_count(value, # anything
     what:str, # name of the value in the error message
     most:int=MAX_WIDTH, # largest allowed value
 ) -> int: # `value`
@@ -60,8 +59,7 @@ class GeluMLP(nn.Module):
     "W2 gelu(W1 x), with the exact (erf) GELU."
     widths = 1 # rows of W1 in units of H
 
-    def __init__(self,
-        dim:int, # D, width of a token
+    def __init__(self, dim:int, # D, width of a token
         hidden:int, # H, width inside
     ):
         super().__init__()
@@ -79,16 +77,14 @@ class SwiGLU(GeluMLP):
 
 _MLPS = {"swiglu": SwiGLU, "gelu": GeluMLP}
 
-def flop_matched_hidden(
-    dim:int, # D, width of a token
+def flop_matched_hidden(dim:int, # D, width of a token
     multiple:int=8, # H is rounded to the nearest multiple, which suits matrix units
 ) -> int: # about 8D/3, at least `multiple`
     "The SwiGLU width at which a layer costs as much as a GELU layer with H = 4D."
     return max(1, round(8*dim/3/multiple))*multiple
 
 # %% ../../nbs/api/model/02_block.ipynb #011a7ab9
-def attend(
-    q:Tensor, # (B, heads, N, d) queries
+def attend(q:Tensor, # (B, heads, N, d) queries
     k:Tensor, # (B, heads, N, d) keys
     v:Tensor, # (B, heads, N, d) values
 ) -> Tensor: # (B, heads, N, d)
@@ -103,8 +99,7 @@ class Recurrence(nn.Module):
     def step(self, x:Tensor, t:int) -> Tensor: raise NotImplementedError
     def check_span(self, start:int, end:int|None) -> int: raise NotImplementedError
 
-    def states(self,
-        state:Tensor, # (B, N, D) state `start`
+    def states(self, state:Tensor, # (B, N, D) state `start`
         start:int=0, # index of that state
         end:int|None=None, # index of the last state; None: the last state of the model
     ): # iterator of Tensors (B, N, D): states start+1..end
@@ -113,8 +108,7 @@ class Recurrence(nn.Module):
             state = self.step(state, t)
             yield state
 
-    def advance(self,
-        state:Tensor, # (B, N, D) state `start`
+    def advance(self, state:Tensor, # (B, N, D) state `start`
         start:int=0, # index of that state
         end:int|None=None, # index of the last state; None: the last state of the model
     ) -> Tensor: # (B, N, D) state `end`
@@ -122,16 +116,14 @@ class Recurrence(nn.Module):
         for state in self.states(state, start, end): pass
         return state
 
-    def rollout(self,
-        state:Tensor, # (B, N, D) state `start`
+    def rollout(self, state:Tensor, # (B, N, D) state `start`
         start:int=0, # index of that state
         end:int|None=None, # index of the last state; None: the last state of the model
     ) -> Tensor: # (B, end-start+1, N, D) states start..end
         "All states, beginning with the given one (method, autoregressive prediction)."
         return torch.stack([state, *self.states(state, start, end)], dim=1)
 
-def pairs(
-    states:Tensor, # (B, n+1, N, D) true states start..start+n, n >= 1
+def pairs(states:Tensor, # (B, n+1, N, D) true states start..start+n, n >= 1
     start:int, # index of the first
 ) -> tuple[Tensor, Tensor]: # (B, n, N, D) inputs; (n,) int64 depths start+1..start+n
     "The inputs of the n steps between n + 1 states and the depths of the states that follow them."
@@ -143,8 +135,7 @@ def pairs(
 # %% ../../nbs/api/model/02_block.ipynb #dd712e8b
 class RecurrentBlock(Recurrence):
     "A transformer block that is applied many times (method, the recurrent block)."
-    def __init__(self,
-        dim:int, # D, width of a token
+    def __init__(self, dim:int, # D, width of a token
         num_heads:int, # attention heads; divides D
         mlp:str="swiglu", # "swiglu" or "gelu"
         hidden:int|None=None, # H, width inside the MLP; None: 4D
@@ -164,8 +155,7 @@ class RecurrentBlock(Recurrence):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
-    def forward(self,
-        x:Tensor, # (B, N, D) a state
+    def forward(self, x:Tensor, # (B, N, D) a state
         t:float|Tensor, # index of the state being predicted, one for all or (B,)
     ) -> Tensor: # (B, N, D) the next state
         "One step."
@@ -189,24 +179,21 @@ class RecurrentBlock(Recurrence):
         if end is not None and 0 <= start <= end: return end
         raise RaptorError(f"a block cannot go from state {start} to state {end}; give 0 <= start <= end.")
 
-    def transitions(self,
-        inputs:Tensor, # (B, n, N, D) states
+    def transitions(self, inputs:Tensor, # (B, n, N, D) states
         depths:Tensor, # (n,) index of the state that follows each of them
     ) -> Tensor: # (B, n, N, D) the predicted next states
         "One step from each of n states, in one pass."
         B, n = inputs.shape[:2]
         return self(inputs.flatten(0, 1), depths.repeat(B)).unflatten(0, (B, n))
 
-    def predict_next(self,
-        states:Tensor, # (B, n+1, N, D) true states start..start+n
+    def predict_next(self, states:Tensor, # (B, n+1, N, D) true states start..start+n
         start:int=0, # index of the first
     ) -> Tensor: # (B, n, N, D) predictions of states start+1..start+n
         "Predict every state from the true one before it, in one pass (method, teacher forcing)."
         return self.transitions(*pairs(states, start))
 
 # %% ../../nbs/api/model/02_block.ipynb #5b06928b
-def block_flops(
-    config:BlockConfig, # of the block
+def block_flops(config:BlockConfig, # of the block
     tokens:int, # N
 ) -> int: # of one step on one image
     "Floating-point operations of one step, matrix products only (including the depth-scaling MLP)."
@@ -216,8 +203,7 @@ def block_flops(
     return 2*tokens*weights + 4*tokens**2*config.dim + 2*scaling
 
 # %% ../../nbs/api/model/02_block.ipynb #16b7a17f
-def block_config(
-    values, # parsed JSON
+def block_config(values, # parsed JSON
     where:str|Path, # the file, for the error message
 ) -> BlockConfig:
     "A `BlockConfig` from JSON; raises `RaptorError` for an unknown or missing key or an invalid value."
@@ -228,14 +214,12 @@ def block_config(
     try: return BlockConfig(**values)
     except RaptorError as e: raise RaptorError(f"{where}: {e}") from e
 
-def empty_block(
-    config:BlockConfig, # its sizes
+def empty_block(config:BlockConfig, # its sizes
 ) -> RecurrentBlock: # on torch's meta device, for `fill`
     "A block with shapes and without numbers."
     with torch.device("meta"): return RecurrentBlock(**asdict(config))
 
-def save_block(
-    path:str|Path, # destination, ending in .safetensors
+def save_block(path:str|Path, # destination, ending in .safetensors
     block:RecurrentBlock, # on any device
     span:tuple[int, int], # (start, end] of the phase that it was trained on
     record:dict|None=None, # its run record
@@ -243,8 +227,7 @@ def save_block(
     "Write a trained block with its span."
     return write_tensors(path, block, {"block": asdict(block.config), "span": list(span), "record": record or {}})
 
-def load_block(
-    path:str|Path, # a file of `save_block`
+def load_block(path:str|Path, # a file of `save_block`
 ) -> tuple[RecurrentBlock, tuple[int, int]]: # the block and its span (start, end]
     "Read a block that `save_block` wrote; raises `RaptorError` for anything else."
     note = read_note(path)

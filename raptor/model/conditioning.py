@@ -15,16 +15,14 @@ SCALING_WIDTH, SCALING_STD = 16, 1e-4 # width of the hidden layer; initial stand
 
 class DepthScaling(nn.Module):
     "(a, b, c) = 1 + MLP(t): three vectors of width D for each depth t."
-    def __init__(self,
-        dim:int, # D, width of a token
+    def __init__(self, dim:int, # D, width of a token
     ):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(1, SCALING_WIDTH), nn.Linear(SCALING_WIDTH, 3*dim)
         nn.init.normal_(self.fc2.weight, std=SCALING_STD)
         nn.init.normal_(self.fc2.bias, std=SCALING_STD)
 
-    def forward(self,
-        t:Tensor, # (B,) index of the state being predicted
+    def forward(self, t:Tensor, # (B,) index of the state being predicted
     ) -> tuple[Tensor, Tensor, Tensor]: # a, b, c, each (B, 1, D)
         "The scales of depth `t`, computed outside autocast."
         with torch.autocast(t.device.type, enabled=False):

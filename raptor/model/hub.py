@@ -61,8 +61,7 @@ def _table(values, head, empty):
     rows = (f"| {cell(k)} | {cell(v)} |" for k, v in (values or {}).items())
     return "\n".join([head, "|---|---|", *rows]) if values else empty
 
-def model_card(
-    raptor, # a `Raptor`
+def model_card(raptor, # a `Raptor`
     run_record:dict|None=None, # of `raptor.core.run_record`
     metrics:dict|None=None, # name -> value; None: not run
 ) -> str: # Markdown with a YAML header
@@ -90,8 +89,7 @@ def _read_phases(values, where):
         raise RaptorError(f"{where} gives {kind} {str(labels)[:40]}, which are not integers in 0..{MAX_DEPTH}.")
     return Phases(labels) if kind == "ends" else FragmentedPhases(labels)
 
-def read_config(
-    path:Path, # a config.json, not trusted
+def read_config(path:Path, # a config.json, not trusted
 ) -> tuple[dict, list, Phases|FragmentedPhases]: # the parsed file; blocks on the meta device; their partition
     "The architecture that config.json describes; raises `RaptorError` if it is invalid."
     if path.is_file() and path.stat().st_size > 2**20:
@@ -130,8 +128,7 @@ class HubMixin(PyTorchModelHubMixin):
         phases = {"assignment": list(self.phases.assignment)} if ends is None else {"ends": list(ends)}
         return {"format": FORMAT, "phases": phases, "blocks": [asdict(block.config) for block in self.blocks]}
 
-    def save_pretrained(self,
-        folder:str|Path, # created if it is missing
+    def save_pretrained(self, folder:str|Path, # created if it is missing
         run_record:dict|None=None, # of `raptor.core.run_record`, for the card
         metrics:dict|None=None, # name -> value, for the card
         *,
@@ -165,8 +162,7 @@ class HubMixin(PyTorchModelHubMixin):
         if read_note(weights).get("config") == fingerprint(values): return model
         raise RaptorError(f"{weights} was saved with another config.json; copy the folder again.")
 
-    def push_to_hub(self,
-        repo_id:str, # "owner/name"; the repository is created if it is missing
+    def push_to_hub(self, repo_id:str, # "owner/name"; the repository is created if it is missing
         run_record:dict|None=None, # of `raptor.core.run_record`, for the card
         metrics:dict|None=None, # name -> value, for the card
         **options, # `private`, `token`, `branch`, `commit_message`, `create_pr` ..., as huggingface_hub defines them

@@ -19,8 +19,7 @@ from .hub import HubMixin
 # %% ../../nbs/api/model/04_raptor.ipynb #b8504522
 class Raptor(Recurrence, HubMixin):
     "k recurrent blocks in place of L layers; raises `RaptorError` if blocks and phases do not fit together."
-    def __init__(self,
-        blocks, # k `RecurrentBlock`s, in order of phase, all of one width
+    def __init__(self, blocks, # k `RecurrentBlock`s, in order of phase, all of one width
         phases:Phases|FragmentedPhases, # which block serves which layer
     ):
         super().__init__()
@@ -35,8 +34,7 @@ class Raptor(Recurrence, HubMixin):
         self.blocks, self.phases, self.assignment = nn.ModuleList(blocks), phases, phases.assignment
 
     @classmethod
-    def create(cls,
-        phases:Phases|FragmentedPhases, # which block serves which layer
+    def create(cls, phases:Phases|FragmentedPhases, # which block serves which layer
         dim:int, # D, width of a token
         num_heads:int, # attention heads
         **block, # further arguments of `RecurrentBlock`
@@ -48,22 +46,19 @@ class Raptor(Recurrence, HubMixin):
     depth = property(lambda self: len(self.assignment), doc="Number of layers, L.")
     dim = property(lambda self: self.blocks[0].config.dim, doc="Width of a token, D.")
 
-    def step(self,
-        x:Tensor, # (B, N, D) state t - 1
+    def step(self, x:Tensor, # (B, N, D) state t - 1
         t:int, # 1..L, index of the state being predicted
     ) -> Tensor: # (B, N, D) state t
         "One step, by the block that serves layer `t`."
         self.check_span(int(t) - 1, int(t))
         return self.blocks[self.assignment[int(t) - 1]](x, t)
 
-    def forward(self,
-        state0:Tensor, # (B, N, D)
+    def forward(self, state0:Tensor, # (B, N, D)
     ) -> Tensor: # (B, N, D) state L
         "All L steps."
         return self.advance(state0)
 
-    def check_span(self,
-        start:int, # index of the first state
+    def check_span(self, start:int, # index of the first state
         end:int|None, # index of the last state; None: L
     ) -> int: # 0..L
         "The end of a span; raises `RaptorError` if it does not lie in 0..L."
@@ -72,8 +67,7 @@ class Raptor(Recurrence, HubMixin):
         raise RaptorError(f"a Raptor of {self.depth} layers cannot go from state {start} to state {last}; "
             f"give 0 <= start <= end <= {self.depth}.")
 
-    def predict_next(self,
-        states:Tensor, # (B, n+1, N, D) true states start..start+n
+    def predict_next(self, states:Tensor, # (B, n+1, N, D) true states start..start+n
         start:int=0, # index of the first
     ) -> Tensor: # (B, n, N, D) predictions of states start+1..start+n
         "Predict every state from the true one before it, in one pass per block (method, teacher forcing)."
@@ -89,15 +83,13 @@ class Raptor(Recurrence, HubMixin):
         if order == sorted(order): return predicted
         return predicted[:, torch.tensor(order, device=states.device).argsort()]
 
-    def flops(self,
-        tokens:int, # N, prefix and patches
+    def flops(self, tokens:int, # N, prefix and patches
     ) -> int: # on one image
         "Floating-point operations of all L steps, matrix products only."
         return sum(block_flops(self.blocks[j].config, tokens) for j in self.assignment)
 
     @classmethod
-    def from_blocks(cls,
-        blocks, # files of `save_block`, or pairs (block, (start, end])
+    def from_blocks(cls, blocks, # files of `save_block`, or pairs (block, (start, end])
     ): # Raptor
         "A Raptor of trained blocks, in any order; raises `RaptorError` unless their spans cover the depth."
         found = [item if isinstance(item, tuple) else load_block(item) for item in blocks]

@@ -21,8 +21,7 @@ from ..core import RaptorError, atomic_path
 # %% ../../nbs/api/model/01_tensors.ipynb #92f614f3
 NOTE = "raptor" # the single key of our metadata: safetensors does not preserve the order of several
 
-def weights_digest(
-    module:nn.Module, # any module
+def weights_digest(module:nn.Module, # any module
 ) -> str: # 16 hexadecimal digits
     "A hash of the names, types and values of all weights of `module`."
     h = hashlib.sha256()
@@ -31,8 +30,7 @@ def weights_digest(
         h.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
-def write_tensors(
-    path:str|Path, # destination, ending in .safetensors
+def write_tensors(path:str|Path, # destination, ending in .safetensors
     module:nn.Module, # its weights are written
     note:dict, # JSON-serialisable: what the weights belong to
 ) -> Path: # the destination
@@ -53,8 +51,7 @@ def _opened(path):
         reason = " ".join(str(e).split())[:120]
         raise RaptorError(f"the weights {path} cannot be read ({reason}); the file is damaged: copy it again.") from e
 
-def read_note(
-    path:str|Path, # a file of `write_tensors`
+def read_note(path:str|Path, # a file of `write_tensors`
 ) -> dict: # the note; its key "digest" is missing in files of earlier versions
     "The note that the weights were written with."
     try:
@@ -75,8 +72,7 @@ def _check_header(module, f, path):
         if (dtype := slices[name].get_dtype()) not in ("F64", "F32", "F16", "BF16"):
             raise RaptorError(f"the weights {path} hold {name} as {dtype}; weights must be floating-point numbers.")
 
-def fill(
-    module:nn.Module, # on the meta device: shapes without numbers
+def fill(module:nn.Module, # on the meta device: shapes without numbers
     path:str|Path, # a file of `write_tensors`
 ) -> nn.Module: # the same module, with numbers of the type that is in the file
     "Read the weights of `module` after checking the header of the file, then compare their digest with the note."

@@ -46,8 +46,7 @@ def _options(version:Annotated[bool, typer.Option("--version", callback=_print_v
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #0fd7e33b
 @app.command("reproduce")
-def reproduce_command(
-    preset:PresetOption="digits",
+def reproduce_command(preset:PresetOption="digits",
     only:Annotated[Optional[list[str]], typer.Option(help="Make only this table, figure or stage; repeatable.")]=None,
     all_items:Annotated[bool, typer.Option("--all", help="Every table and figure of the paper.")]=False,
     replicas:Annotated[Optional[int], typer.Option(help="Replicas to train; default: the preset's.")]=None,
@@ -119,8 +118,7 @@ def collect_command(preset:PresetOption="digits", home:HomeOption=None):
     for path in collect(Study.open(preset, home)): print(path)
 
 @app.command("cache")
-def cache_command(
-    preset:PresetOption="digits",
+def cache_command(preset:PresetOption="digits",
     estimate:Annotated[bool, typer.Option("--estimate", help="Print the size and the time, and write nothing.")]=False,
     sample:Annotated[int, typer.Option(help="Images to measure with.")]=64,
     home:HomeOption=None,
@@ -178,8 +176,7 @@ def doctor_command(home:HomeOption=None):
 
 DISTRIBUTIONS = "raptor-vit torch torchvision timm accelerate zarr papermill execnb snakemake nbdev".split()
 
-def doctor(
-    home:str|Path|None=None, # root of all studies
+def doctor(home:str|Path|None=None, # root of all studies
 ) -> list[tuple[str, str]]: # (what, finding)
     "Versions, devices, roots, free disk space, and each preset's needs."
     import torch
@@ -199,8 +196,7 @@ def doctor(
     return rows + [(f"preset {n}", costs(load_preset(n)) or "cost not stated") for n in preset_names()]
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #8d3f442f
-def main(
-    argv:list[str]|None=None, # arguments; None: those of the process
+def main(argv:list[str]|None=None, # arguments; None: those of the process
 ):
     "The `raptor` command."
     argv = list(sys.argv[1:] if argv is None else argv)

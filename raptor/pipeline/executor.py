@@ -34,8 +34,7 @@ def start_server() -> None:
     with patch.dict(os.environ, quiet): forkserver.ensure_running()
 
 # %% ../../nbs/api/pipeline/04_executor.ipynb #3ea2a5e6
-def run_job(
-    command:str, # of a rule, as it would be given to a shell
+def run_job(command:str, # of a rule, as it would be given to a shell
     environment:dict, # of the process that starts the job; the fork server's is older
 ) -> None:
     "Run in the fork: execute a job's command, and exit with its status."

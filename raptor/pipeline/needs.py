@@ -13,16 +13,14 @@ from ..study.presets import DataSpec, Preset, TeacherSpec, load_preset, preset_n
 from ..study.study import Study
 
 # %% ../../nbs/api/pipeline/00_needs.ipynb #5735fd74
-def data_uses(
-    preset:Preset, # of the study
+def data_uses(preset:Preset, # of the study
 ) -> list[tuple[str, DataSpec, str, str]]: # (purpose, data, train or test, task)
     "Everything that a study reads, in the order in which it is read."
     uses = [("trajectories", preset.data, "classification")]
     uses += [(task, probe.data, task) for task, probe in preset.probes.items()]
     return [(purpose, data, split, task) for purpose, data, task in uses for split in ("train", "test")]
 
-def describe_data(
-    preset:Preset, # of the study
+def describe_data(preset:Preset, # of the study
 ) -> list[str]: # one line for each dataset and split
     "Which data is read, from where, and whether the folder exists."
     lines = []
@@ -37,8 +35,7 @@ def describe_data(
     return lines
 
 # %% ../../nbs/api/pipeline/00_needs.ipynb #7e25d9c6
-def check_models(
-    preset:Preset, # of the study
+def check_models(preset:Preset, # of the study
 ) -> None:
     "Build every backbone without storage at each resolution; raise `RaptorError` if one fails or phases do not fit."
     sizes = [None, *(probe.img_size for probe in preset.probes.values() if probe.img_size)]
@@ -47,8 +44,7 @@ def check_models(
         depths = [_depth(spec, size, where) for size in sizes]
         if name == "teacher" and depths[0]: _check_depth(preset, depths[0])
 
-def backbones(
-    preset:Preset, # of the study
+def backbones(preset:Preset, # of the study
 ) -> dict[str, TeacherSpec]: # by name: the teacher first
     "The teacher and the further backbones that are probed."
     return {"teacher": preset.teacher, **preset.extra_models}
@@ -65,7 +61,6 @@ def _depth(spec, size, where:str) -> int|None:
     except RaptorError as e: raise RaptorError(f"{where}: {e}") from e
     except Exception: return None # cannot be built without storage: it is checked again when it is built
 
-# %% ../../nbs/api/pipeline/00_needs.ipynb #c25a90de
 def _check_depth(preset, depth:int):
     "Compare the numbers of phases, and where they end, with the layers of the teacher."
     spec, where = preset.phases, f"preset {preset.name}: phases: {preset.teacher.name}"
@@ -79,8 +74,7 @@ def _check_depth(preset, depth:int):
                               f"{spec.ends[k][-1]}; close them with {depth}.")
 
 # %% ../../nbs/api/pipeline/00_needs.ipynb #f2b6c058
-def check_files(
-    study:Study, # that is about to run
+def check_files(study:Study, # that is about to run
 ) -> None:
     "Build the models and open datasets and weight files; raise `RaptorError` for the first fault."
     preset = study.preset
@@ -94,9 +88,13 @@ def check_files(
             raise RaptorError(f"preset {preset.name}: {name}: there is no file {path}; put it there, or name another.")
     for spec in backbones(preset).values(): # fetched now: the runs themselves may have no connection to the hub
         if spec.pretrained and not spec.weights: study.teacher(spec)
-    for _, spec, split, task in dict.fromkeys(uses):
+    opened = []
+    for _, *use in uses:
+        if use in opened: continue
+        spec, split, task = use
         data = study.dataset(split, task, spec)
         if data_folder(spec.name): data[0] # decoded
+        opened.append(use)
     if study.folder.is_dir():
         with atomic_path(study.folder/".checked") as t: t.write_text(fingerprint(str(preset)))
 
@@ -107,16 +105,14 @@ def _checked_before(study) -> bool:
     return mark.exists() and mark.read_text() == fingerprint(str(study.preset))
 
 # %% ../../nbs/api/pipeline/00_needs.ipynb #5cd8a551
-def costs(
-    preset:Preset, # of the study
+def costs(preset:Preset, # of the study
 ) -> str: # one line; empty where nothing is stated
     "What a study costs in all."
     return ", ".join(f"{k}: {v}" for k, v in preset.resources.items() if not isinstance(v, dict))
 
 LAUNCHED = ("train_teacher", "train_block", "train_raptor", "train_probe") # stages that can run on several processes
 
-def run_needs(
-    preset:Preset, # of the study
+def run_needs(preset:Preset, # of the study
     stage:str, # a notebook, e.g. train_block or fig_speed; or items
 ) -> dict: # what the preset says of gpu, mem_mb and runtime; {} where it says nothing
     "What one run of a notebook asks for; at most one GPU where it always runs as one process."
@@ -125,8 +121,7 @@ def run_needs(
     needs = rules.get(stage, rules.get(alike, {}))
     return needs if stage in LAUNCHED or "gpu" not in needs else {**needs, "gpu": min(1, needs["gpu"])}
 
-def profile_path(
-    profile:str, # a profile of the package (slurm), or a path or name that Snakemake knows
+def profile_path(profile:str, # a profile of the package (slurm), or a path or name that Snakemake knows
 ) -> str:
     "The folder of a Snakemake profile, which says where runs are executed; one for SLURM comes with the package."
     ours = paper_root()/"profiles"/profile

@@ -20,8 +20,7 @@ def notebook_names() -> list[str]: # sorted
     "The notebooks of the paper: stages, tables, figures and the summary."
     return sorted(p.stem for p in paper_root().glob("*.ipynb"))
 
-def notebook_parameters(
-    name:str, # a notebook of the paper
+def notebook_parameters(name:str, # a notebook of the paper
 ) -> dict: # {parameter: its default as Python source}
     "The parameters that a notebook declares in its cell tagged `parameters`."
     from papermill import inspect_notebook
@@ -53,8 +52,7 @@ def papermill_engine() -> str: # the name under which papermill knows it
     return "raptor"
 
 # %% ../../nbs/api/pipeline/02_notebooks.ipynb #fc862762
-def run_notebook(
-    name:str, # a notebook of the paper
+def run_notebook(name:str, # a notebook of the paper
     parameters:dict, # values for its parameters cell
     output:str|Path, # where the executed copy is written
 ) -> Path: # the executed copy
@@ -84,8 +82,7 @@ TRAINED_IN = {"train_teacher": "{name}", "train_block": "blocks/{start}-{end}-r{
               "train_raptor": "raptors/k{k}-r{replica}", "train_probe": "probes/{model}-{task}",
               "train_control": "controls/{name}"}
 
-def clear_checkpoints(
-    name:str, # a notebook of the paper that has run to its end
+def clear_checkpoints(name:str, # a notebook of the paper that has run to its end
     parameters:dict, # that it ran with
     folder:str|Path, # of the study
 ) -> None:

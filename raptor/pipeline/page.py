@@ -29,8 +29,7 @@ def item_names() -> list[str]:
     return [n for n in PAPER_ORDER if n in there] + sorted(there - set(PAPER_ORDER))
 
 # %% ../../nbs/api/pipeline/03_page.ipynb #d5d2700a
-def show_item(
-    study:Study, # that has run
+def show_item(study:Study, # that has run
     name:str, # an item, for example tab_probes
 ) -> None:
     "Display the text and outputs of an executed item notebook, or the command that runs it."
@@ -57,8 +56,7 @@ def _show_outputs(cell, name):
         if data: display(data, metadata={"figure": f"{name}.png"} if "image/png" in data else {}, raw=True)
 
 # %% ../../nbs/api/pipeline/03_page.ipynb #19c11c3b
-def study_facts(
-    study:Study, # that has run
+def study_facts(study:Study, # that has run
 ) -> str: # Markdown
     "What was studied and on what: data, teacher and its own scores, phases, code, hardware."
     preset, record = study.preset, study.record()
@@ -78,8 +76,7 @@ def _hardware(study) -> list[str]:
     return sorted(set(found)) or [study.record()["hardware"]]
 
 # %% ../../nbs/api/pipeline/03_page.ipynb #8eda5fd1
-def write_page(
-    notebook:str|Path, # the executed summary notebook
+def write_page(notebook:str|Path, # the executed summary notebook
     page:str|Path, # destination, an .html file
     title:str="Raptor, reproduced", # of the browser's window
 ) -> Path: # the destination
@@ -106,16 +103,14 @@ def _with_large_figures(notebook, folder:Path):
 # %% ../../nbs/api/pipeline/03_page.ipynb #6b77bd1f
 EXECUTED = {"train_block": "blocks", "train_raptor": "raptors", "train_probe": "probes", "train_control": "controls"}
 
-def executed_copy(
-    study:Study, # that has run
+def executed_copy(study:Study, # that has run
     name:str, # a notebook of the paper
 ) -> Path|None: # None if it has not run
     "The executed copy of a notebook; for a stage with many runs, the last by name."
     pattern = f"{EXECUTED[name]}/*/{name}.ipynb" if name in EXECUTED else f"notebooks/{name}.ipynb"
     return max(study.folder.glob(pattern), default=None)
 
-def store_outputs(
-    source:str|Path, # notebook whose outputs are replaced
+def store_outputs(source:str|Path, # notebook whose outputs are replaced
     executed:str|Path, # executed copy with the same cells
 ) -> None:
     "Copy outputs from an executed copy into its source, by cell, without counters, times and warnings."
@@ -134,8 +129,7 @@ def _plain(output):
     if "image/png" in output.get("data", {}): output.data["image/png"] = few_colours(output.data["image/png"])
     return output
 
-def few_colours(
-    png:str, # a figure, base64
+def few_colours(png:str, # a figure, base64
     colours:int=128, # at most
 ) -> str: # the smaller of the two, base64
     "The same figure with a palette: lines and letters look the same in a third of the bytes."
@@ -147,8 +141,7 @@ def few_colours(
     return base64.b64encode(min(data, small.getvalue(), key=len)).decode()
 
 # %% ../../nbs/api/pipeline/03_page.ipynb #eba66794
-def collect(
-    study:Study, # that has run
+def collect(study:Study, # that has run
     folder:str|Path|None=None, # of the paper's notebooks; None: that of the checkout
 ) -> list[Path]: # the files written
     "Store a study's outputs in the paper's notebooks and its small results beside them."

@@ -31,8 +31,7 @@ def visible_gpus() -> list[str]: # as CUDA_VISIBLE_DEVICES names them
     return [str(i) for i, line in enumerate(line for line in lines if line.startswith("GPU "))]
 
 @contextmanager
-def claimed_gpus(
-    count:int, # how many GPUs a job wants
+def claimed_gpus(count:int, # how many GPUs a job wants
 ):
     "Show this process and its children `count` GPUs that no other job on this machine has claimed."
     gpus = visible_gpus() if count else []
@@ -58,8 +57,7 @@ def _lock(held, name) -> bool:
     return True
 
 # %% ../../nbs/api/pipeline/01_processes.ipynb #7cb172b1
-def use_threads(
-    count:int, # threads to compute with
+def use_threads(count:int, # threads to compute with
 ) -> None:
     "Set the number of OpenMP and torch threads of this process and of those that it starts."
     os.environ["OMP_NUM_THREADS"] = str(count)
@@ -83,8 +81,7 @@ def stop_on_signals() -> None:
 
 # %% ../../nbs/api/pipeline/01_processes.ipynb #f2e42c52
 @contextmanager
-def study_lock(
-    folder:str|Path, # of the study
+def study_lock(folder:str|Path, # of the study
 ):
     "Hold a study exclusively; the operating system releases it when the process ends, however it ends."
     with open(Path(folder)/".lock", "w") as f:
@@ -93,8 +90,7 @@ def study_lock(
             raise RaptorError(f"another raptor is at work in {folder}; wait for it or stop it.") from e
         yield
 
-def sweep(
-    folder:str|Path, # of a study that is held exclusively
+def sweep(folder:str|Path, # of a study that is held exclusively
 ) -> list[Path]: # what was removed
     "Remove the temporary files of `atomic_path` whose writers were killed; Snakemake's own folder is left alone."
     swept = []

@@ -21,8 +21,7 @@ from .processes import study_lock, sweep, visible_gpus
 # %% ../../nbs/api/pipeline/05_runs.ipynb #c8a4e90b
 MAIN_ITEMS = ("tab_probes", "tab_segmentations", "fig_similarity", "fig_accuracy_r2")
 
-def study_config(
-    study:Study, # to run
+def study_config(study:Study, # to run
     only:tuple[str, ...]=(), # items or stages to make; () for the items
     all_items:bool=False, # every table and figure rather than the main ones
 ) -> dict: # what the Snakefile reads
@@ -32,8 +31,7 @@ def study_config(
     return {"preset": study.origin, "replicas": study.preset.replicas, "items": items, "only": list(only)}
 
 # %% ../../nbs/api/pipeline/05_runs.ipynb #c147b7f3
-def describe_runs(
-    study:Study, # not necessarily started
+def describe_runs(study:Study, # not necessarily started
     all_items:bool=False, # with the runs that `--all` adds
 ) -> str: # one line a run, and a line with their number and cost
     "The runs of a study with their seeds, as text: what `--dry-run` prints."
@@ -58,8 +56,7 @@ def _describe(study, run) -> str:
 SNAKEMAKE = ["--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input",
              "--scheduler", "greedy", "--keep-going", "--quiet", "all"]
 
-def reproduce(
-    study:Study, # to run
+def reproduce(study:Study, # to run
     only:tuple[str, ...]=(), # items or stages to make; () for the main items
     *,
     all_items:bool=False, # every table and figure rather than the main ones

@@ -19,8 +19,7 @@ from ..core import RaptorError, check_name
 from .metrics import DepthMeter, IoUMeter, TopOneMeter, check_ignore, check_labels
 
 # %% ../../nbs/api/probes/01_heads.ipynb #b06ff908
-def split_tokens(
-    tokens:torch.Tensor, # (B, N, D) after the final norm: cls, registers, patches
+def split_tokens(tokens:torch.Tensor, # (B, N, D) after the final norm: cls, registers, patches
     dim:int, # D that the head was built for
     num_prefix:int, # cls and registers in front of the patches
     has_cls:bool=True, # False: the mean patch takes the place of the cls token
@@ -38,8 +37,7 @@ def split_tokens(
 # %% ../../nbs/api/probes/01_heads.ipynb #2a79c523
 class ClassificationHead(nn.Module):
     "Linear classifier on cat(cls, mean patch)."
-    def __init__(self,
-        dim:int, # token width D
+    def __init__(self, dim:int, # token width D
         num_classes:int, # C
         num_prefix:int, # cls and registers in front of the patches
         has_cls:bool=True, # False: the backbone has no cls token
@@ -48,15 +46,13 @@ class ClassificationHead(nn.Module):
         self.dim, self.num_prefix, self.has_cls = dim, num_prefix, has_cls
         self.linear = nn.Linear(2*dim, num_classes)
 
-    def forward(self,
-        tokens:torch.Tensor, # (B, N, D) after the final norm
+    def forward(self, tokens:torch.Tensor, # (B, N, D) after the final norm
         out_size=None, # ignored, because a class has no size: all heads share this signature
     ) -> torch.Tensor: # (B, C) logits
         cls, patches = split_tokens(tokens, self.dim, self.num_prefix, self.has_cls)
         return self.linear(torch.cat([cls, patches.mean(1)], -1))
 
-    def load_official(self,
-        weight:torch.Tensor, # (C, 2D): columns for the cls token, then for the mean patch
+    def load_official(self, weight:torch.Tensor, # (C, 2D): columns for the cls token, then for the mean patch
         bias:torch.Tensor, # (C,)
     ) -> "ClassificationHead": # self
         "Start from released weights, such as DINOv2's one-layer linear head."
@@ -67,8 +63,7 @@ class ClassificationHead(nn.Module):
         return self
 
 # %% ../../nbs/api/probes/01_heads.ipynb #5165a6f3
-def to_map(
-    values:torch.Tensor, # (B, h * w, C), one row per patch, in reading order
+def to_map(values:torch.Tensor, # (B, h * w, C), one row per patch, in reading order
     grid:tuple, # (h, w)
     size:tuple|None=None, # (H, W); None: the grid
 ) -> torch.Tensor: # (B, C, H, W)
@@ -80,8 +75,7 @@ def to_map(
 # %% ../../nbs/api/probes/01_heads.ipynb #af0cbecb
 class SegmentationHead(nn.Module):
     "Linear classifier at each patch, interpolated to the size of the mask."
-    def __init__(self,
-        dim:int, # token width D
+    def __init__(self, dim:int, # token width D
         num_classes:int, # C
         num_prefix:int, # cls and registers in front of the patches
         grid:tuple, # (h, w) patches
@@ -90,8 +84,7 @@ class SegmentationHead(nn.Module):
         self.dim, self.num_prefix, self.grid = dim, num_prefix, tuple(grid)
         self.linear = nn.Linear(dim, num_classes)
 
-    def forward(self,
-        tokens:torch.Tensor, # (B, N, D) after the final norm
+    def forward(self, tokens:torch.Tensor, # (B, N, D) after the final norm
         out_size:tuple|None=None, # (H, W) of the logits; None: the patch grid
     ) -> torch.Tensor: # (B, C, H, W) logits
         # has_cls=False, because the cls token is not read and the backbone may not have one
@@ -107,8 +100,7 @@ class DepthPrediction(NamedTuple):
 
 class DepthHead(nn.Module):
     "Scores uniform depth bins from cat(patch, cls), upsampled by 4; the depth is the expectation under their softmax."
-    def __init__(self,
-        dim:int, # token width D
+    def __init__(self, dim:int, # token width D
         num_prefix:int, # cls and registers in front of the patches
         grid:tuple, # (h, w) patches
         bins:int=256, # at least 2
@@ -125,8 +117,7 @@ class DepthHead(nn.Module):
         edges = torch.linspace(min_depth, max_depth, bins + 1)
         self.register_buffer("centres", (edges[1:] + edges[:-1])/2, persistent=False)
 
-    def forward(self,
-        tokens:torch.Tensor, # (B, N, D) after the final norm
+    def forward(self, tokens:torch.Tensor, # (B, N, D) after the final norm
         out_size:tuple|None=None, # (H, W) of the depth map; None: four times the patch grid
     ) -> DepthPrediction:
         (h, w), fine = self.grid, (4*self.grid[0], 4*self.grid[1])
@@ -137,8 +128,7 @@ class DepthHead(nn.Module):
         return DepthPrediction(logits, to_map(depth.flatten(1)[..., None], fine, out_size)[:, 0], self.centres)
 
 # %% ../../nbs/api/probes/01_heads.ipynb #af65871f
-def masked_cross_entropy(
-    logits:torch.Tensor, # (B, C) or (B, C, H, W)
+def masked_cross_entropy(logits:torch.Tensor, # (B, C) or (B, C, H, W)
     target:torch.Tensor, # (B,) or (B, H, W) integers
     ignore:int=255, # label that does not count
 ) -> torch.Tensor: # scalar, nats
@@ -151,8 +141,7 @@ def masked_cross_entropy(
     return F.cross_entropy(logits.float(), target, ignore_index=ignore, reduction="sum") / kept.sum().clamp(min=1)
 
 # %% ../../nbs/api/probes/01_heads.ipynb #6fbab2c4
-def scale_invariant_loss(
-    depth:torch.Tensor, # (B, H, W) predicted metres, positive
+def scale_invariant_loss(depth:torch.Tensor, # (B, H, W) predicted metres, positive
     target:torch.Tensor, # (B, H, W) metres; 0 or less: not measured
     focus:float=0.85, # fraction of the common error of scale that is forgiven
     eps:float=1e-3, # metres, keeps the logarithm finite
@@ -166,8 +155,7 @@ def scale_invariant_loss(
     return 10*(d.square().sum()/n - focus*(d.sum()/n).square())
 
 # %% ../../nbs/api/probes/01_heads.ipynb #b5797c12
-def bin_target(
-    target:torch.Tensor, # (B, H, W) metres; 0 or less: not measured
+def bin_target(target:torch.Tensor, # (B, H, W) metres; 0 or less: not measured
     centres:torch.Tensor, # (bins,) metres, evenly spaced
     size:tuple, # (h, w) of the result
 ) -> torch.Tensor: # (B, h, w) int64
@@ -176,8 +164,7 @@ def bin_target(
     index = ((target - centres[0]) / (centres[1] - centres[0])).round().long().clamp(0, len(centres) - 1)
     return index.where(target > 0, -100)
 
-def depth_loss(
-    prediction:DepthPrediction, # from a `DepthHead` called with the size of the target
+def depth_loss(prediction:DepthPrediction, # from a `DepthHead` called with the size of the target
     target:torch.Tensor, # (B, H, W) metres; 0 or less: not measured
 ) -> torch.Tensor: # scalar
     "Scale-invariant log loss of the depth plus cross-entropy of the bins, both over measured pixels only."
@@ -195,8 +182,7 @@ class ProbeTask:
     metric_name:str # column of the result tables: top1, miou or rmse
     higher_is_better:bool # False for an error
 
-    def out_size(self,
-        target:torch.Tensor, # a batch of targets of this task
+    def out_size(self, target:torch.Tensor, # a batch of targets of this task
     ): # (H, W), or None where the target has no size
         "The `out_size` to pass to the head."
         return tuple(target.shape[-2:]) if target.ndim == 3 else None
@@ -209,9 +195,7 @@ PROBE_TASKS = {t.name: t for t in (
     ProbeTask("depth", lambda b, _=None, **kwargs: DepthHead(b.dim, b.num_prefix, b.grid, has_cls=b.has_cls, **kwargs),
               depth_loss, lambda num_classes=None, crop=None: DepthMeter(crop), "rmse", False))}
 
-# %% ../../nbs/api/probes/01_heads.ipynb #558be4e2
-def probe_task(
-    name:str, # "classification", "segmentation" or "depth"
+def probe_task(name:str, # "classification", "segmentation" or "depth"
 ) -> ProbeTask:
     "The task of that name; a wrong name raises a `RaptorError` that lists similar names."
     return PROBE_TASKS[check_name(name, PROBE_TASKS, "probe task")]

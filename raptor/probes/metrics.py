@@ -16,8 +16,7 @@ from fastcore.basics import patch
 from ..core import RaptorError
 
 # %% ../../nbs/api/probes/00_metrics.ipynb #beb1909b
-def check_labels(
-    labels:torch.Tensor, # integers, without the ignored ones
+def check_labels(labels:torch.Tensor, # integers, without the ignored ones
     num_classes:int, # labels run from 0 to num_classes - 1
 ) -> None:
     "Raise `RaptorError` if a label is not a class."
@@ -25,8 +24,7 @@ def check_labels(
         if not 0 <= label < num_classes:
             raise RaptorError(f"label {label} is outside the classes 0..{num_classes - 1}; check the dataset's labels.")
 
-def check_ignore(
-    ignore:int, # label that does not count
+def check_ignore(ignore:int, # label that does not count
     num_classes:int, # labels run from 0 to num_classes - 1
 ) -> None:
     "Raise `RaptorError` if the ignored label is also a class, which would then never be learnt or counted."
@@ -58,9 +56,7 @@ class Meter:
         "The error of a meter that has nothing to report."
         return RaptorError(f"{type(self).__name__} has seen {what}, so it has no score; check the split's targets.")
 
-# %% ../../nbs/api/probes/00_metrics.ipynb #0b473f2f
-def merge_meters(
-    meters, # iterable of meters of one kind, one per process or shard
+def merge_meters(meters, # iterable of meters of one kind, one per process or shard
 ) -> Meter: # the first of them, which now holds all counts
     "Merge meters; the score is that of one meter that has seen everything."
     return reduce(lambda a, b: a.merge(b), meters)
@@ -81,8 +77,7 @@ class TopOneMeter(Meter):
     sums = ("accuracy",)
     def __init__(self): self.accuracy = _running("MeanMetric")
 
-    def update(self,
-        logits:torch.Tensor, # (B, C)
+    def update(self, logits:torch.Tensor, # (B, C)
         labels:torch.Tensor, # (B,) integers
     ) -> "TopOneMeter":
         self.check(logits, labels.shape + logits.shape[-1:])
@@ -94,8 +89,7 @@ class TopOneMeter(Meter):
         if not self.accuracy.weight: raise self.missing("no image")
         return (self.accuracy.mean_value/self.accuracy.weight).item()
 
-def top1(
-    logits:torch.Tensor, # (B, C)
+def top1(logits:torch.Tensor, # (B, C)
     labels:torch.Tensor, # (B,) integers
 ) -> float: # in [0, 1]
     "Top-1 accuracy of one batch."
@@ -105,8 +99,7 @@ def top1(
 class IoUMeter(Meter):
     "Mean intersection over union from a confusion matrix over all pixels, in [0, 1]."
     settings, sums = ("num_classes", "ignore"), ("confusion",)
-    def __init__(self,
-        num_classes:int, # C
+    def __init__(self, num_classes:int, # C
         ignore:int=255, # target label that does not count
     ):
         from torchmetrics.classification import MulticlassConfusionMatrix  # here, as in `_running`
@@ -115,8 +108,7 @@ class IoUMeter(Meter):
         self.num_classes, self.ignore = num_classes, ignore
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
 
-    def update(self,
-        prediction:torch.Tensor, # (B, C, H, W) float logits, or (B, H, W) integer classes
+    def update(self, prediction:torch.Tensor, # (B, C, H, W) float logits, or (B, H, W) integer classes
         target:torch.Tensor, # (B, H, W) integers
     ) -> "IoUMeter":
         logits = prediction.is_floating_point() and prediction.ndim == target.ndim + 1
@@ -139,8 +131,7 @@ class IoUMeter(Meter):
         return float(np.nanmean(self.per_class()))
 
 # %% ../../nbs/api/probes/00_metrics.ipynb #fe9bfdf6
-def mean_iou(
-    pred:torch.Tensor, # (B, C, H, W) float logits, or (B, H, W) integer classes
+def mean_iou(pred:torch.Tensor, # (B, C, H, W) float logits, or (B, H, W) integer classes
     target:torch.Tensor, # (B, H, W) integers
     num_classes:int, # C
     ignore:int=255, # target label that does not count
@@ -152,16 +143,14 @@ def mean_iou(
 class DepthMeter(Meter):
     "Root mean squared depth error in metres, averaged over images."
     settings, sums = ("crop", "min_depth", "max_depth"), ("rmse", "squares", "pixels")
-    def __init__(self,
-        crop:tuple|None=None, # (top, bottom, left, right) pixels, ends excluded; None: whole image
+    def __init__(self, crop:tuple|None=None, # (top, bottom, left, right) pixels, ends excluded; None: whole image
         min_depth:float=0.001, # metres; true depths outside the range do not count
         max_depth:float=10.0, # metres
     ):
         self.crop, self.min_depth, self.max_depth = tuple(crop) if crop else None, min_depth, max_depth
         self.rmse, self.squares, self.pixels = map(_running, ("MeanMetric", "SumMetric", "SumMetric"))
 
-    def update(self,
-        prediction, # `DepthPrediction`, or (B, H, W) metres
+    def update(self, prediction, # `DepthPrediction`, or (B, H, W) metres
         target:torch.Tensor, # (B, H, W) metres
     ) -> "DepthMeter":
         depth = getattr(prediction, "depth", prediction)
@@ -187,7 +176,7 @@ def pooled(self:DepthMeter) -> float: # metres
     return (self.squares.sum_value/self.pixels.sum_value).item()**.5
 
 @patch
-def cropped(self:DepthMeter, maps):
+def cropped(self:DepthMeter, maps): # (B, H, W)
     "The part of (B, H, W) maps inside the crop."
     if self.crop is None: return maps
     top, bottom, left, right = self.crop
@@ -196,8 +185,7 @@ def cropped(self:DepthMeter, maps):
                           "pixels; use the crop of this dataset at this size.")
     return maps[..., top:bottom, left:right]
 
-def depth_rmse(
-    pred:torch.Tensor, # (B, H, W) or (H, W) metres
+def depth_rmse(pred:torch.Tensor, # (B, H, W) or (H, W) metres
     target:torch.Tensor, # same shape, metres; 0: not measured
     **settings, # crop, min_depth and max_depth, as in `DepthMeter`
 ) -> float: # metres
@@ -211,8 +199,7 @@ class R2Meter(Meter):
     def __init__(self, shape=None, count=0, error=0., mean=0., square=0.):
         self.shape, self.count, self.error, self.mean, self.square = shape, count, error, mean, square
 
-    def update(self,
-        prediction:torch.Tensor, # (B, T, N, D) states 1..T of the model
+    def update(self, prediction:torch.Tensor, # (B, T, N, D) states 1..T of the model
         target:torch.Tensor, # (B, T, N, D) states 1..T of the teacher
     ) -> "R2Meter":
         for states in (prediction, target): self.check(states, target.shape)
@@ -243,7 +230,7 @@ def _layer_sums(prediction, target):
     return (prediction - target).square().sum(), mean, (target - mean).square().sum(0)
 
 @patch
-def merge(self:R2Meter, other:R2Meter) -> R2Meter:
+def merge(self:R2Meter, other:R2Meter) -> R2Meter: # of the same layers
     "Add everything that `other` has seen, by Chan's formula."
     if isinstance(other, R2Meter) and not other.count: return self
     if not self.count: self.shape = getattr(other, "shape", None)
@@ -256,8 +243,7 @@ def merge(self:R2Meter, other:R2Meter) -> R2Meter:
     return self
 
 # %% ../../nbs/api/probes/00_metrics.ipynb #b2888bcd
-def r2_score(
-    prediction:torch.Tensor, # (..., D)
+def r2_score(prediction:torch.Tensor, # (..., D)
     target:torch.Tensor, # (..., D), same shape
 ) -> float: # at most 1
     "Variance-weighted R2 over the last dimension; all other dimensions are samples."

@@ -25,8 +25,7 @@ from .heads import ProbeTask, probe_task
 from .metrics import R2Meter
 
 # %% ../../nbs/api/probes/02_train.ipynb #211c3f06
-def ordered_batches(
-    dataset, # len, get_batch(indices)
+def ordered_batches(dataset, # len, get_batch(indices)
     batch_size:int, # the last batch may be shorter
     workers:int=0, # processes that fetch images
 ): # iterator of collated dictionaries
@@ -36,8 +35,7 @@ def ordered_batches(
 class FeatureTable:
     "The final states of a frozen model, after its norm, on a dataset that is not augmented, with their targets."
     @torch.no_grad()
-    def __init__(self,
-        model, # frozen, with .features(images)
+    def __init__(self, model, # frozen, with .features(images)
         dataset, # len, get_batch(indices); not augmented
         batch_size:int=256, # images of a forward pass
         workers:int=0, # processes that fetch images
@@ -48,8 +46,7 @@ class FeatureTable:
 
     def __len__(self): return len(self.features)
 
-    def get_batch(self,
-        indices, # positions in the table: a list or an integer tensor (b,)
+    def get_batch(self, indices, # positions in the table: a list or an integer tensor (b,)
     ) -> dict: # features (b, N, D) float32, target, index
         "What the dataset's own `get_batch` returns, with features in place of images."
         return {"features": self.features[indices], "target": self.targets[indices], "index": self.index[indices]}
@@ -80,8 +77,7 @@ class ProbeConfig(FitConfig):
 # %% ../../nbs/api/probes/02_train.ipynb #37d99f96
 class ProbeObjective(nn.Module):
     "The losses of heads on the features of a model; a model that is not frozen is trained along with them."
-    def __init__(self,
-        model, # with .features(images)
+    def __init__(self, model, # with .features(images)
         heads, # {task: head}
         weights:dict|None=None, # {task: weight of its loss}; None: 1 each
     ):
@@ -101,8 +97,7 @@ class ProbeObjective(nn.Module):
             if isinstance(target, dict): target = target[name]
             yield name, task, head(tokens, task.out_size(target)), target
 
-    def forward(self,
-        batch:dict, # see `predictions`
+    def forward(self, batch:dict, # see `predictions`
         step:int, # of the loop; not used
     ) -> dict[str, Tensor]: # scalars: the weighted sum as loss, and the loss of each task where there are several
         "The losses of a batch."
@@ -112,8 +107,7 @@ class ProbeObjective(nn.Module):
 
 # %% ../../nbs/api/probes/02_train.ipynb #1e725b88
 @torch.no_grad()
-def evaluate_heads(
-    model, # with .features(images)
+def evaluate_heads(model, # with .features(images)
     heads, # {task: head}
     dataset, # items of one task, or of task "all"; or a FeatureTable
     *,
@@ -141,8 +135,7 @@ def _fit_heads(model, heads, train, config, folder, evaluate, made_for, weights=
     return fit(objective, batches, config, folder, made_for=made_for, evaluate=evaluate, title="probe")
 
 # %% ../../nbs/api/probes/02_train.ipynb #9c7fffab
-def train_probe(
-    model:nn.Module, # with .features(images): a Backbone or a RaptorBackbone; frozen here, if it is not
+def train_probe(model:nn.Module, # with .features(images): a Backbone or a RaptorBackbone; frozen here, if it is not
     task:str, # classification | segmentation | depth
     train, # training split of that task
     test, # split that is reported
@@ -170,8 +163,7 @@ def train_probe(
     return head, best_and_last(history, spec), history
 
 # %% ../../nbs/api/probes/02_train.ipynb #2d9368f3
-def best_and_last(
-    history:pd.DataFrame, # with columns epoch and the task's metric; rows without a score are skipped
+def best_and_last(history:pd.DataFrame, # with columns epoch and the task's metric; rows without a score are skipped
     spec:ProbeTask, # says whether higher is better
 ) -> dict: # metric, best, best_epoch, last, epochs
     "The first best and the last epoch of a history."
@@ -183,8 +175,7 @@ def best_and_last(
 
 # %% ../../nbs/api/probes/02_train.ipynb #82c704ed
 @contextmanager
-def plain_attention(
-    backbone, # a Backbone; timm's attention modules carry a switch
+def plain_attention(backbone, # a Backbone; timm's attention modules carry a switch
     precision:str, # mixed precision of the training
 ):
     "Use plain softmax attention on a CPU in 16 bits, where it is several times faster than the fused kernel."
@@ -195,9 +186,7 @@ def plain_attention(
     finally:
         for m in modules: m.fused_attn = True
 
-# %% ../../nbs/api/probes/02_train.ipynb #4c979376
-def train_teacher(
-    backbone, # a Backbone; trained in place and frozen again
+def train_teacher(backbone, # a Backbone; trained in place and frozen again
     train, # split of task "all", or of a single task
     config:FitConfig, # optimiser
     folder:str|Path|None=None, # for the checkpoint
@@ -220,8 +209,7 @@ def train_teacher(
     return dict(heads), history
 
 # %% ../../nbs/api/probes/02_train.ipynb #eb0977f5
-def save_head(
-    head:nn.Module, # one of the three heads
+def save_head(head:nn.Module, # one of the three heads
     path:str|Path, # destination, a .safetensors file
     settings:dict|None=None, # that it was made with
 ):
@@ -229,8 +217,7 @@ def save_head(
     state = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
     with atomic_path(path) as t: save_file(state, t, {"settings": json.dumps(settings or {})})
 
-def load_head(
-    model, # the model that the head reads: dim, num_prefix, grid
+def load_head(model, # the model that the head reads: dim, num_prefix, grid
     task:str, # classification | segmentation | depth
     path:str|Path, # a file that `save_head` wrote
 ) -> nn.Module: # on the CPU, in evaluation mode
@@ -253,8 +240,7 @@ def load_head(
 
 # %% ../../nbs/api/probes/02_train.ipynb #137e8a11
 @torch.no_grad()
-def fidelity(
-    raptor, # with .rollout(state, start, end)
+def fidelity(raptor, # with .rollout(state, start, end)
     source, # trajectory source of the teacher
     *,
     start:int=0, # the true state that the rollout starts from

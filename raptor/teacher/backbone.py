@@ -47,7 +47,6 @@ def _translate(model, state, notes):
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], new, old, num_prefix_tokens=prefix)
     return state
 
-# %% ../../nbs/api/teacher/02_backbone.ipynb #09b0e688
 def _load(model, path):
     "Fill the trunk of `model` from `path`, and its head too if the file has one that fits."
     state, notes = read_weights(path)
@@ -86,7 +85,6 @@ def _check_name(name):
     except Exception: return # cannot be built without storage: the real model is checked
     _check_plain(shell, name)
 
-# %% ../../nbs/api/teacher/02_backbone.ipynb #baf8f9f3
 def _build(name, pretrained, weights, img_size, timm_kwargs):
     "Create the timm model and load its weights; every failure is one sentence."
     _check_name(name)
@@ -152,8 +150,7 @@ class Backbone(FrozenViT):
     fingerprint: str # the two are defined below
     save: Callable[..., Path]
 
-    def __init__(self,
-        model:nn.Module, # a `VisionTransformer` or `Eva` of timm
+    def __init__(self, model:nn.Module, # a `VisionTransformer` or `Eva` of timm
         name:str, # its timm name; part of the fingerprint
         settings:dict|None=None, # further timm arguments that it was created with; part of the fingerprint
     ):
@@ -165,8 +162,7 @@ class Backbone(FrozenViT):
         self.freeze()
 
     @classmethod
-    def create(cls,
-        name:str, # any timm name, with or without a pretrained tag, e.g. "vit_base_patch14_reg4_dinov2"
+    def create(cls, name:str, # any timm name, with or without a pretrained tag, e.g. "vit_base_patch14_reg4_dinov2"
         pretrained:bool=True, # download the weights from timm's hub; ignored if `weights` is given
         weights:str|Path|None=None, # a safetensors or official .pth file to read instead
         img_size:int|tuple[int, int]|None=None, # (height, width), multiples of the patch; None: the model's own
@@ -186,8 +182,7 @@ class Backbone(FrozenViT):
         state = state[0] if isinstance(model, eva.Eva) else model.patch_drop(state) # an `Eva` adds its rotary table
         return model.norm_pre(state)
 
-    def states(self,
-        state:Tensor, # (B, N, D), the state after layer `start`
+    def states(self, state:Tensor, # (B, N, D), the state after layer `start`
         start:int=0, # 0..depth
         end:int|None=None, # start..depth; None: depth
     ) -> Iterator[Tensor]: # (B, N, D) each: states start+1..end
@@ -200,8 +195,7 @@ class Backbone(FrozenViT):
             state = self.model.blocks[i](state, **extra)
             yield state
 
-    def advance(self,
-        state:Tensor, # (B, N, D), the state after layer `start`
+    def advance(self, state:Tensor, # (B, N, D), the state after layer `start`
         start:int, # 0..depth
         end:int, # start..depth
     ) -> Tensor: # (B, N, D), the state after layer `end`
@@ -209,8 +203,7 @@ class Backbone(FrozenViT):
         for state in self.states(state, start, end): pass
         return state
 
-    def trajectory(self,
-        images:Tensor, # (B, 3, H, W), normalised
+    def trajectory(self, images:Tensor, # (B, 3, H, W), normalised
         start:int=0, # first state
         end:int|None=None, # last state; None: depth
     ) -> Tensor: # (B, end - start + 1, N, D)

@@ -21,7 +21,6 @@ default_cfgs = generate_default_cfgs({
     "vit_nano_patch4_reg4_24.untrained": _digits,
     "vit_small_patch4_reg4_32.untrained": _cifar})
 
-# %% ../../nbs/api/teacher/01_embedded.ipynb #80937717
 class EmbeddedTeacher(VisionTransformer):
     "timm's `VisionTransformer` with larger initial values, for small widths and short training runs."
     def init_weights(self, *args, **kwargs):
@@ -41,24 +40,21 @@ def model_names() -> list[str]: # architectures, without pretrained tags
 
 # %% ../../nbs/api/teacher/01_embedded.ipynb #72d3cfb3
 @register_model
-def vit_mini_patch4_reg4_24(
-    pretrained:bool=False, # must be False: no weights are published
+def vit_mini_patch4_reg4_24(pretrained:bool=False, # must be False: no weights are published
     **kwargs, # passed to the model by timm, e.g. img_size, drop_path_rate
 ) -> VisionTransformer:
     "The teacher of the digits preset: 12 layers, width 64, 4 heads, 24 x 24 pixels, 41 tokens."
     return _teacher("vit_mini_patch4_reg4_24", pretrained, kwargs, depth=12, embed_dim=64, num_heads=4)
 
 @register_model
-def vit_nano_patch4_reg4_24(
-    pretrained:bool=False, # must be False: no weights are published
+def vit_nano_patch4_reg4_24(pretrained:bool=False, # must be False: no weights are published
     **kwargs, # passed to the model by timm, e.g. img_size, drop_path_rate
 ) -> VisionTransformer:
     "A teacher for tests: 6 layers, width 32, 2 heads, 24 x 24 pixels, 41 tokens."
     return _teacher("vit_nano_patch4_reg4_24", pretrained, kwargs, depth=6, embed_dim=32, num_heads=2)
 
 @register_model
-def vit_small_patch4_reg4_32(
-    pretrained:bool=False, # must be False: no weights are published
+def vit_small_patch4_reg4_32(pretrained:bool=False, # must be False: no weights are published
     **kwargs, # passed to the model by timm, e.g. img_size, drop_path_rate
 ) -> VisionTransformer:
     "A teacher for CIFAR: 12 layers, width 192, 3 heads, 32 x 32 pixels, 69 tokens."

@@ -44,8 +44,7 @@ def _read_pth(path):
     return tensors, {}
 
 # %% ../../nbs/api/teacher/00_weights.ipynb #c402ef6a
-def read_weights(
-    path:str|Path, # a .safetensors file, or a .pth/.pt/.bin file written by `torch.save`
+def read_weights(path:str|Path, # a .safetensors file, or a .pth/.pt/.bin file written by `torch.save`
 ) -> tuple[dict[str, Tensor], dict[str, str]]: # tensors by name, and the file's metadata (safetensors only)
     "Read named tensors from an untrusted file; raises `RaptorError` naming the file if it is not a weight file."
     path = Path(path)
@@ -57,8 +56,7 @@ def read_weights(
     if not tensors: raise RaptorError(f"the weights {path} hold no tensors; save a state dict and try again.")
     return tensors, notes
 
-def error_clause(
-    error:Exception, # raised while a file was read
+def error_clause(error:Exception, # raised while a file was read
 ) -> str: # one clause without a final full stop
     "Why a file could not be read: torch's own text fills a screen and suggests switching the safety off."
     text = " ".join(str(error).split())
@@ -67,8 +65,7 @@ def error_clause(
     return f"{type(error).__name__}: {text[:160].rstrip('.')}"
 
 # %% ../../nbs/api/teacher/00_weights.ipynb #e2228b71
-def load_linear_head(
-    path:str|Path, # e.g. dinov2_vitb14_reg4_linear_head.pth
+def load_linear_head(path:str|Path, # e.g. dinov2_vitb14_reg4_linear_head.pth
 ) -> tuple[Tensor, Tensor]: # weight (classes, features) and bias (classes,), float32
     "Read an official DINOv2 linear head; raises `RaptorError` if the file holds something else."
     tensors, _ = read_weights(path)

@@ -55,8 +55,7 @@ class FitConfig:
         if not self.lr > 0: raise RaptorError(f"lr is {self.lr}; training needs a learning rate above 0.")
 
 # %% ../../nbs/api/train/00_fit.ipynb #46d1834e
-def learning_rate(
-    step:int, # 0-based
+def learning_rate(step:int, # 0-based
     config:FitConfig, # lr, min_lr, warmup, warmup_start, schedule, steps
 ) -> float: # 0..lr
     "Linear warm-up, then half a cosine down to `min_lr` (or constant)."
@@ -67,8 +66,7 @@ def learning_rate(
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 # %% ../../nbs/api/train/00_fit.ipynb #4704de66
-def save_checkpoint(
-    path:str|Path, # destination, a .safetensors file
+def save_checkpoint(path:str|Path, # destination, a .safetensors file
     module:nn.Module, # its trainable parameters are saved
     optimizer, # its AdamW
     meta:dict, # anything that JSON can hold; `load_checkpoint` needs made_for, step, history, sums and count
@@ -79,8 +77,7 @@ def save_checkpoint(
                for key, value in {"param": p.detach(), **optimizer.state.get(p, {})}.items()}
     with atomic_path(path) as t: save_file(tensors, t, {"raptor": json.dumps(meta)})
 
-def load_checkpoint(
-    path:str|Path, # a file written by `save_checkpoint`
+def load_checkpoint(path:str|Path, # a file written by `save_checkpoint`
     module:nn.Module, # filled in place
     optimizer, # filled in place
     made_for:str, # fingerprint of the current run
@@ -109,8 +106,7 @@ def load_checkpoint(
     return meta
 
 # %% ../../nbs/api/train/00_fit.ipynb #2f8a5c13
-def make_accelerator(
-    precision:str="no", # of the forward pass: no | bf16 | fp16 | auto
+def make_accelerator(precision:str="no", # of the forward pass: no | bf16 | fp16 | auto
     log_with:str|None=None, # tracker: tensorboard | wandb
     folder:str|Path|None=None, # where a tracker puts its files
 ): # accelerate.Accelerator
@@ -127,8 +123,7 @@ def make_accelerator(
 # %% ../../nbs/api/train/00_fit.ipynb #3d918f03
 class Trainer:
     "An objective and its optimiser on their device, resumed from the checkpoint in `folder` if there is one."
-    def __init__(self,
-        objective:nn.Module, # forward(batch, step) -> dict of scalars with "loss"; trained in place
+    def __init__(self, objective:nn.Module, # forward(batch, step) -> dict of scalars with "loss"; trained in place
         config:FitConfig, # settings of the optimiser and the loop
         folder:str|Path|None=None, # where the checkpoint and a tracker's files live; None for no checkpoint
         made_for="", # what is trained on what, anything that JSON can hold; a checkpoint of anything else is refused
@@ -177,7 +172,7 @@ def close_row(self:Trainer):
     self.sums, self.count = {}, 0
 
 @patch
-def score(self:Trainer, evaluate, **more):
+def score(self:Trainer, evaluate, **more): # evaluate(step) -> dict
     "Record evaluate(step), computed in the main process and known to all; training mode is restored."
     from accelerate.utils import broadcast_object_list
     result = [evaluate(self.done) if self.accelerator.is_main_process else None]
@@ -204,8 +199,7 @@ def must_stop(self:Trainer, asked:threading.Event) -> bool: # the same in all pr
     return bool(self.accelerator.reduce(here, "sum") > 0)
 
 # %% ../../nbs/api/train/00_fit.ipynb #8b077104
-def fit(
-    objective:nn.Module, # forward(batch, step) -> dict of scalars with "loss"; trained in place
+def fit(objective:nn.Module, # forward(batch, step) -> dict of scalars with "loss"; trained in place
     batches, # batches(first_step, rank, world) -> iterator over the batches first_step..steps-1
     config:FitConfig, # settings of the optimiser and the loop
     folder:str|Path|None=None, # where the checkpoint lives; None for no checkpoint

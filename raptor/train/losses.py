@@ -27,8 +27,7 @@ class StateLoss:
         if len(self.weights) != 3 or min(self.weights) < 0 or sum(self.weights) == 0:
             raise RaptorError(f"token weights {self.weights} must be three numbers >= 0, not all 0.")
 
-    def __call__(self,
-        prediction:Tensor, # (..., N, D) predicted states
+    def __call__(self, prediction:Tensor, # (..., N, D) predicted states
         target:Tensor, # (..., N, D) true states
     ) -> Tensor: # scalar float32, 0 for a perfect prediction
         "The loss, in float32 whatever the precision of the states."
@@ -45,8 +44,7 @@ class StateLoss:
         return 0.5*mse + 0.5*cosine if self.kind == "mse+cosine" else mse + cosine
 
 # %% ../../nbs/api/train/01_losses.ipynb #e3c6d991
-def tf_loss(
-    model:nn.Module, # RecurrentBlock or Raptor
+def tf_loss(model:nn.Module, # RecurrentBlock or Raptor
     states:Tensor, # (B, n+1, N, D) true states start..start+n
     start:int=0, # index of the first state
     loss:StateLoss=StateLoss(), # distance between states
@@ -54,8 +52,7 @@ def tf_loss(
     "Teacher forcing: every true state predicts the next one, all pairs in one pass."
     return loss(model.predict_next(states, start), states[:, 1:])
 
-def ar_loss(
-    model:nn.Module, # RecurrentBlock or Raptor
+def ar_loss(model:nn.Module, # RecurrentBlock or Raptor
     states:Tensor, # (B, n+1, N, D) true states start..start+n
     start:int=0, # index of the first state
     loss:StateLoss=StateLoss(), # distance between states
@@ -65,8 +62,7 @@ def ar_loss(
     return loss(rollout[:, 1:], states[:, 1:])
 
 # %% ../../nbs/api/train/01_losses.ipynb #c7df02cf
-def teacher_weight(
-    step:int, # 0-based
+def teacher_weight(step:int, # 0-based
     steps:int, # of the whole run
     anneal:float=0.25, # fraction of the steps over which lambda falls from 1 to 0
     forcing:str="annealed", # annealed | teacher (always 1) | free (always 0)

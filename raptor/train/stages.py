@@ -32,8 +32,7 @@ class TrainConfig(FitConfig):
 # %% ../../nbs/api/train/02_stages.ipynb #7cdddaa4
 class SpanObjective(nn.Module):
     "Lambda * TF + (1 - lambda) * AR of `model` on the states start..end."
-    def __init__(self,
-        model:nn.Module, # RecurrentBlock or Raptor
+    def __init__(self, model:nn.Module, # RecurrentBlock or Raptor
         start:int, # index of the first state
         config:TrainConfig, # loss, forcing, noise, seed
         num_prefix:int=1, # cls + registers
@@ -43,8 +42,7 @@ class SpanObjective(nn.Module):
         self.model, self.start, self.config = model, start, config
         self.loss = StateLoss(config.loss, tuple(config.token_weights), num_prefix, has_cls)
 
-    def forward(self,
-        states:Tensor, # (B, n+1, N, D) true states start..start+n
+    def forward(self, states:Tensor, # (B, n+1, N, D) true states start..start+n
         step:int, # 0-based; determines lambda and the noise
     ) -> dict[str, Tensor]: # scalars: loss, lambda, and those of tf and ar that were computed
         "The losses of a batch at a step."
@@ -71,8 +69,7 @@ class SpanObjective(nn.Module):
         return states + self.config.noise * noise
 
 # %% ../../nbs/api/train/02_stages.ipynb #7015b129
-def train_span(
-    source, # trajectory source, live or cached
+def train_span(source, # trajectory source, live or cached
     model:nn.Module, # RecurrentBlock (stage 1) or Raptor (stage 2); trained in place, in evaluation mode afterwards
     span:tuple[int, int], # (start, end]: states start..end are read
     config:TrainConfig, # loss and optimiser
@@ -97,8 +94,7 @@ def train_span(
     model.eval()
     return history
 
-def train_raptor(
-    source, # trajectory source, live or cached
+def train_raptor(source, # trajectory source, live or cached
     raptor:nn.Module, # Raptor initialised from stage 1; trained in place
     config:TrainConfig, # the paper's stage 2: forcing="free", loss="weighted", token_weights=(0.45, 0.10, 0.45)
     folder:str|Path|None=None, # for the checkpoint
@@ -111,8 +107,7 @@ def train_raptor(
     return train_span(source, raptor, (0, source.depth), config, folder, evaluate=evaluate)
 
 # %% ../../nbs/api/train/02_stages.ipynb #69e91fa7
-def benchmark_step(
-    dim:int=768, # D, width of a token
+def benchmark_step(dim:int=768, # D, width of a token
     heads:int=12, # heads of attention
     tokens:int=261, # N, prefix included
     prefix:int=5, # cls + registers

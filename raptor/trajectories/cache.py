@@ -25,8 +25,7 @@ from .order import TrajectorySource, permutation
 # %% ../../nbs/api/trajectories/01_cache.ipynb #8e3a4767
 CACHE_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16} # of the stored states
 
-def estimate_cache_bytes(
-    num_images:int, # M
+def estimate_cache_bytes(num_images:int, # M
     depth:int, # L; L + 1 states are kept
     tokens:int, # N, prefix and patches
     dim:int, # D
@@ -36,8 +35,7 @@ def estimate_cache_bytes(
     name = check_name(str(dtype).removeprefix("torch."), (*CACHE_TYPES, "float32"), "dtype")
     return num_images * (depth + 1) * tokens * dim * getattr(torch, name).itemsize
 
-def chunk_shape(
-    num_images:int, # of the cache
+def chunk_shape(num_images:int, # of the cache
     num_states:int, # of the cache
     state_bytes:int, # of one image
     images:int|None=None, # at most so many in a file; None: about 32 MiB of them, 32 to 1024
@@ -208,8 +206,7 @@ def _rows(source, plan, files):
 # %% ../../nbs/api/trajectories/01_cache.ipynb #7ca88a06
 class CachedTrajectories(TrajectorySource):
     "Trajectories read from a folder that `write_cache` completed."
-    def __init__(self,
-        path:str|Path, # the folder
+    def __init__(self, path:str|Path, # the folder
         *, expect:str|None=None, # fingerprint that it must have, e.g. that of `LiveTrajectories`
         pool_chunks:int=8, # chunks that are shuffled together
         readers:int=2, # threads that read
@@ -225,8 +222,7 @@ class CachedTrajectories(TrajectorySource):
         for name in TrajectorySource.__annotations__: setattr(self, name, getattr(spec, name))
         self.pool_chunks = max(1, min(pool_chunks, 256 // spec.num_files)) # few enough open files
 
-    def pools(self,
-        seed:int|None, # None: as stored
+    def pools(self, seed:int|None, # None: as stored
         epoch:int, # counted from 0
     ) -> list[np.ndarray]: # chunks of each pool
         "The chunks of an epoch in the order in which they are read."

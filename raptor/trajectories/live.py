@@ -37,8 +37,7 @@ from .order import TrajectorySource, fetch_batches, image_batches, permutation, 
 # %% ../../nbs/api/trajectories/02_live.ipynb #cfc2595f
 class LiveTrajectories(TrajectorySource):
     "Trajectories computed by the frozen backbone when they are requested."
-    def __init__(self,
-        backbone, # a `Backbone`, on any device
+    def __init__(self, backbone, # a `Backbone`, on any device
         dataset, # map-style, items {"image", "target", "index"}
         *, workers:int=0, # processes that fetch images; 0: this one
         dtype:torch.dtype|None=None, # autocast type of the teacher's forward pass; None: full precision
@@ -60,8 +59,7 @@ class LiveTrajectories(TrajectorySource):
         return fingerprint([self.backbone.fingerprint, self.dataset.fingerprint, *precision])
 
     @torch.no_grad()
-    def compute(self,
-        images:Tensor, # (b, 3, H, W), on any device
+    def compute(self, images:Tensor, # (b, 3, H, W), on any device
         start:int=0, # first state
         end:int|None=None, # last state; None: depth
     ) -> Tensor: # (b, end - start + 1, N, D), on the backbone's device
@@ -78,8 +76,7 @@ class LiveTrajectories(TrajectorySource):
             else: yield states
 
 # %% ../../nbs/api/trajectories/02_live.ipynb #4e2e22cc
-def begin_cache(
-    path:Path, # the folder
+def begin_cache(path:Path, # the folder
     spec:CacheSpec, # what it will hold
 ):
     "Create the empty zarr group, or check that an existing one is the beginning of this very cache."
@@ -100,8 +97,7 @@ def begin_cache(
             group.create_array(name, shape=shape, chunks=chunks, dtype=dtype,
                                compressors=None, filters=None, fill_value=0)
 
-def write_chunk(
-    path:Path, # the folder
+def write_chunk(path:Path, # the folder
     spec:CacheSpec, # its description
     chunk:int, # counted from 0
     states:Tensor, # (images, states, N, D) in 16 bits, contiguous
@@ -185,8 +181,7 @@ def _fill(live, spec, path, missing, batch_size):
         written.result()
 
 # %% ../../nbs/api/trajectories/02_live.ipynb #5450730d
-def write_cache(
-    backbone, # a `Backbone`, on any device
+def write_cache(backbone, # a `Backbone`, on any device
     dataset, # map-style, with a fingerprint; an augmented one is stored as epoch 0 shows it
     path:str|Path, # the folder; what an interrupted call left there is completed
     *, layers:tuple[int, int]|None=None, # keep states first..last only
@@ -235,8 +230,7 @@ def _time_to_write(path, states):
         return perf_counter() - begun
 
 # %% ../../nbs/api/trajectories/02_live.ipynb #92af5957
-def estimate_cache(
-    backbone, # a `Backbone`, on any device
+def estimate_cache(backbone, # a `Backbone`, on any device
     dataset, # map-style
     sample:int=64, # images to measure with
     dtype:str="float16", # as for `write_cache`

@@ -22,15 +22,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ..core import RaptorError, seed_for
 
 # %% ../../nbs/api/trajectories/00_order.ipynb #261a2fcd
-def permutation(
-    n:int, # number of items
+def permutation(n:int, # number of items
     *labels, # strings and integers that say what the permutation is for
 ) -> np.ndarray: # (n,) int64
     "A permutation of 0..n-1 that is a pure function of `labels`."
     return np.random.Generator(np.random.Philox(key=seed_for("permutation", *labels))).permutation(n)
 
-def epoch_order(
-    n:int, # images of an epoch
+def epoch_order(n:int, # images of an epoch
     seed:int|None, # None: as stored
     epoch:int, # counted from 0
 ) -> np.ndarray: # (n,) int64: image at each position
@@ -92,8 +90,7 @@ def _outlive_sigterm(worker):
     Thread(target=watch, daemon=True).start()
 
 # %% ../../nbs/api/trajectories/00_order.ipynb #623ab6ca
-def fetch_batches(
-    dataset, # map-style; its `get_batch` and `set_epoch` are used if it has them
+def fetch_batches(dataset, # map-style; its `get_batch` and `set_epoch` are used if it has them
     keys, # iterable of lists of (epoch, index), one for each batch
     workers:int=0, # processes that fetch; 0: this one
     pin:bool=False, # put batches into page-locked memory (with workers only)
@@ -132,8 +129,7 @@ def _copied_ahead(batches, device):
         waiting = coming
     if waiting: yield receive(*waiting)
 
-def prefetch(
-    batches, # iterable of tensors, or of dictionaries, lists and tuples of them, in CPU memory
+def prefetch(batches, # iterable of tensors, or of dictionaries, lists and tuples of them, in CPU memory
     device, # where the batches are needed; None: where they are
 ) -> Iterator: # of the same batches in the same order
     "Batches on `device`; on a CUDA device the next batch is copied while one is used."
@@ -156,15 +152,13 @@ class TrajectorySource:
     def __len__(self) -> int: return self.num_images
     def _batches(self, plan, start, end, device, dtype, labels): raise NotImplementedError
 
-    def order(self,
-        seed:int|None, # None: as stored
+    def order(self, seed:int|None, # None: as stored
         epoch:int, # counted from 0
     ) -> np.ndarray: # (num_images,) int64: image at each position
         "The images of an epoch in the order in which they are visited."
         return epoch_order(self.num_images, seed, epoch)
 
-    def batches(self,
-        batch_size:int, # images of the global batch
+    def batches(self, batch_size:int, # images of the global batch
         *, start:int=0, # first state
         end:int|None=None, # last state; None: the last available
         seed:int|None=None, # None: one ordered pass; an integer: endless shuffled epochs without short batches
