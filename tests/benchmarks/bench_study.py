@@ -1,4 +1,4 @@
-"""Where the time of a finished study went: seconds of its executed notebooks by stage, the start of their kernels included.
+"""Where the time of a finished study went: seconds of its executed notebooks by stage.
 
     python tests/benchmarks/bench_study.py digits study.csv      # a preset that has run under RAPTOR_HOME
 """
