@@ -216,7 +216,7 @@ def versions() -> str: # e.g. "python 3.11.7, torch 2.9.0, timm 1.0.22"
 
 # %% ../nbs/api/00_core.ipynb #27b260f7
 def run_record(seed:int|None=None, # the seed that the run started from
-    data:str|None=None, # fingerprint of the data set and its transform
+    data:str|None=None, # fingerprint of the dataset and its transform
     **more, # further plain values: preset, span, replica, ...
 ) -> dict: # flat, JSON-serialisable, the same for the same run
     "What it takes to run this again: seed, code, data, hardware, library versions."
