@@ -79,7 +79,7 @@ def test_presets_and_doctor(tmp_path):
     (["reproduce", "--preset", "digit"], "did you mean 'digits'"),
     (["reproduce", "--preset", "nowhere.yaml"], "does not exist"),
     (["reproduce", "--preset", "smoke", "--only", "fig_similar"], "did you mean 'fig_similarity'"),
-    (["reproduce", "--preset", "smoke", "--replicas", "0"], "at least 1"),
+    (["reproduce", "--preset", "smoke", "--replicas", "0"], "greater than or equal to 1"),
     (["run", "fig_similarty", "--preset", "smoke"], "did you mean 'fig_similarity'"),
     (["run", "train_block", "--preset", "smoke", "--param", "sede=3"], "unknown parameter of notebook train_block: 'sede'; did you mean 'seed'"),
     (["run", "train_block", "--preset", "smoke", "--param", "seed"], "NAME=VALUE"),
@@ -258,7 +258,7 @@ def test_the_page_needs_no_network(studies):
 
 def test_nothing_is_done_twice_but_more_replicas_are_trained_beside_those_that_are_there(studies):
     folder, _, preset = studies
-    def made(): return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and ".snakemake" not in p.parts and p.name not in ("study.yaml", ".lock")}
+    def made(): return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and ".snakemake" not in p.parts and p.name not in ("study.yaml", ".lock", ".checked")}
     before = made()
     again = raptor("reproduce", "--preset", preset, home=folder.parent)
     assert again.returncode == 0 and re.fullmatch(r"done in \d+ s: \S+summary.html\n", again.stdout), again.stdout

@@ -220,6 +220,7 @@ def test_sigterm_to_the_whole_group_leaves_the_workers_to_the_parent(start_group
     process = start_group(LIVE + """
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+for _ in range(3): next(batches) # each of the workers has started
 print("ready", flush=True)
 while not asked: time.sleep(0.01)
 for _ in range(20): next(batches) # more than the workers had ready

@@ -45,6 +45,8 @@ class RaptorBackbone(Recurrence):
         return fingerprint([self.backbone.fingerprint, self.raptor.assignment, weights_digest(self.raptor)])
 
     def step(self, x, t): return self.raptor.step(x, t)
+    def advance(self, state, start=0, end=None): return self.raptor.advance(state, start, end)
+    def rollout(self, state, start=0, end=None): return self.raptor.rollout(state, start, end)
     def check_span(self, start, end): return self.raptor.check_span(start, end)
     def cls(self, state:Tensor) -> Tensor: return self.backbone.cls(state)
     def patches(self, state:Tensor) -> Tensor: return self.backbone.patches(state)
