@@ -25,7 +25,9 @@ if what == "wait":
 
 OWNER = """
 import multiprocessing, os, sys
+from raptor.pipeline import executor
 from raptor.pipeline.executor import run_job, start_server
+executor.PRELOAD[:] = ["torch"] # the other libraries take seconds, and no part in this
 if __name__ == "__main__":
     start_server()
     os.environ["WHO"] = "owner" # after the server has started
