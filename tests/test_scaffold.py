@@ -451,3 +451,9 @@ def test_every_name_in_a_paper_notebook_is_bound():
         assert not (free := used - bound - set(dir(builtins))), f"{path.name}: {sorted(free)}"
         imported = {(a.asname or a.name).split(".")[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
         assert not (idle := imported - used), f"{path.name} imports {sorted(idle)} and does not use it"
+
+def test_the_papers_prose_needs_no_formula_renderer():
+    "The report shows it on a page without scripts."
+    for path in PAPER:
+        formulas = [c.source for c in read(path).cells if c.cell_type == "markdown" and re.search(r"\$[^$\n]+\$", c.source)]
+        assert not formulas, f"{path.name}: {formulas}"
