@@ -85,7 +85,8 @@ def run_command(
     study, values = Study.open(preset, home), dict(_parse(p) for p in param or ())
     name, folder = check_name(name, notebook_names(), "notebook"), check_writable(study.folder)
     os.environ.update(RAPTOR_HOME=str(study.home), RAPTOR_PROGRESS="0")
-    if threads := threads or int(os.environ.get("OMP_NUM_THREADS", 0)): use_threads(threads)
+    given = os.environ.get("OMP_NUM_THREADS", "") # OpenMP also takes a list, which is left alone
+    if threads := threads or (int(given) if given.isdigit() else 0): use_threads(threads)
     first, output = os.environ.get("RANK", "0") == "0", output or folder/"notebooks"/f"{name}.ipynb"
     title = " ".join([name, *(f"{k}={v}" for k, v in values.items() if len(str(v)) <= 30)]) # the notebook has all
     started = time.time()
