@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RaptorError', 'check_name', 'home_root', 'data_root', 'paper_root', 'check_writable', 'seed_everything', 'seed_for',
-           'fingerprint', 'file_digest', 'atomic_path', 'write_json', 'read_json', 'progress', 'code_version',
-           'hardware', 'usable_cores', 'versions', 'run_record', 'mixed_precision', 'document']
+           'fingerprint', 'file_digest', 'atomic_path', 'write_json', 'open_regular', 'read_text', 'read_json',
+           'progress', 'code_version', 'hardware', 'usable_cores', 'versions', 'run_record', 'mixed_precision',
+           'document']
 
 # %% ../nbs/api/00_core.ipynb #7a41d96d
 import difflib
@@ -17,6 +18,7 @@ import os
 import platform
 import random
 import shutil
+import stat
 import subprocess
 import sys
 import uuid
@@ -125,6 +127,8 @@ def atomic_path(path:str|Path, # final destination; its folder is created
     try:
         yield temporary
         if temporary.is_file():
+            os.umask(umask := os.umask(0o077)) # reading it means setting it
+            os.chmod(temporary, 0o666 & ~umask) # some writers make files that only their owner can read
             with open(temporary, "rb") as f: os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException as e:
@@ -140,11 +144,37 @@ def write_json(path:str|Path, # destination
     with atomic_path(path) as t: t.write_text(json.dumps(value, indent=1, default=str) + "\n")
     return Path(path)
 
+@contextmanager
+def open_regular(path:str|Path, # a file that is not trusted
+    limit:int|None=None, # bytes; None: any size
+): # a binary file object, open for reading
+    "Open a regular file of at most `limit` bytes; `RaptorError` for a folder, a pipe, a device or anything larger."
+    def refused(why): return RaptorError(f"{path} {why}.")
+    try: f = open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) # a pipe does not block
+    except FileNotFoundError as e:
+        raise refused("does not exist; run the step that writes it, or name another file") from e
+    except OSError as e: raise refused(f"is not readable ({os.strerror(e.errno).lower()}); "
+                                       "change its permissions or name another file") from e
+    with f:
+        info = os.fstat(f.fileno())
+        if not stat.S_ISREG(info.st_mode): raise refused("is not a regular file; put a regular file there")
+        if limit is not None and info.st_size > limit:
+            raise refused(f"has {info.st_size:,} bytes where at most {limit:,} make sense; put the right file there")
+        yield f
+
+def read_text(path:str|Path, # a small file that is not trusted, in UTF-8
+    limit:int=1 << 20, # bytes
+) -> str:
+    "The text of a small regular file; see `open_regular`."
+    try:
+        with open_regular(path, limit) as f: return f.read(limit + 1).decode("utf-8-sig")
+    except UnicodeDecodeError as e: raise RaptorError(f"{path} is not text in UTF-8 ({e}); save it as UTF-8.") from e
+
 def read_json(path:str|Path, # a JSON file
+    limit:int=1 << 24, # bytes
 ):
-    "Read a JSON file; a file that is not JSON is a `RaptorError` that names it."
-    try: return json.loads(Path(path).read_text())
-    except FileNotFoundError as e: raise RaptorError(f"{path} does not exist; run the step that writes it.") from e
+    "Read a JSON file of at most `limit` bytes; a file that is not JSON is a `RaptorError` that names it."
+    try: return json.loads(read_text(path, limit))
     except (ValueError, RecursionError) as e:
         raise RaptorError(f"{path} is not valid JSON ({e}); delete it and run the step that writes it again.") from e
 

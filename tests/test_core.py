@@ -1,7 +1,8 @@
 """Roots, atomic files and records."""
-import os, signal, subprocess, sys, textwrap
+import os, signal, stat, subprocess, sys, textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
@@ -101,5 +102,31 @@ def test_records_hold_no_clock_and_no_path():
 
 def test_broken_json_is_named(tmp_path):
     (tmp_path/"a.json").write_bytes(b"\xff\xfe{")
-    with pytest.raises(RaptorError, match="a.json is not valid JSON"): read_json(tmp_path/"a.json")
+    with pytest.raises(RaptorError, match="a.json is not text in UTF-8"): read_json(tmp_path/"a.json")
     with pytest.raises(RaptorError, match="does not exist"): read_json(tmp_path/"b.json")
+
+
+def put_pipe(path): os.mkfifo(path)
+def put_folder(path): path.mkdir()
+def put_device(path): path.symlink_to("/dev/zero")
+def put_large(path): path.write_bytes(b"x" * 11)
+def put_nested(path): path.write_text("[" * 9 + "1")
+
+
+@pytest.mark.parametrize("put, why", [
+    (put_pipe, "not a regular file"), (put_folder, "is a directory"), (put_device, "not a regular file"),
+    (put_large, "has 11 bytes where at most 10"), (put_nested, "not valid JSON")])
+def test_only_small_regular_files_are_read(tmp_path, put, why):
+    put(tmp_path/"a.json")
+    with pytest.raises(RaptorError, match=rf"a\.json .*{why}"): read_json(tmp_path/"a.json", limit=10)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_the_mode_of_a_file_follows_the_umask(tmp_path, umask, mode):
+    from safetensors.numpy import save_file
+    before = os.umask(umask)
+    try:
+        with atomic_path(tmp_path/"a.safetensors") as t: save_file({"x": np.zeros(2)}, t) # 0600 on its own
+        assert os.umask(umask) == umask # as it was
+    finally: os.umask(before)
+    assert stat.S_IMODE((tmp_path/"a.safetensors").stat().st_mode) == mode
