@@ -82,7 +82,7 @@ def check_files(study:Study, # that is about to run
     uses = data_uses(preset)
     if not named and not any(data_folder(spec.name) for _, spec, *_ in uses) and _checked_before(study): return
     check_models(preset)
-    from raptor.study.study import weights_file
+    from raptor.study.weights import weights_file
     for name, file in sorted(named):
         if not (path := weights_file(file)).is_file():
             raise RaptorError(f"preset {preset.name}: {name}: there is no file {path}; put it there, or name another.")
