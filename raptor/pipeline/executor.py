@@ -34,7 +34,7 @@ def start_server() -> None:
     safe = {"PYTHONSAFEPATH": "1"} # it starts in the study's folder, whose files are no modules
     with patch.dict(os.environ, quiet | safe): forkserver.ensure_running()
 
-# %% ../../nbs/api/pipeline/04_executor.ipynb #05024204
+# %% ../../nbs/api/pipeline/04_executor.ipynb #ac41ce13
 def stop_server() -> None:
     "Stop the fork server: its socket is among temporary files that are removed when the study ends."
     forkserver._forkserver._stop()

@@ -91,7 +91,7 @@ def run_notebook(name:str, # a notebook of the paper
     failed.unlink(missing_ok=True)
     return output
 
-# %% ../../nbs/api/pipeline/02_notebooks.ipynb #0f5ba35c
+# %% ../../nbs/api/pipeline/02_notebooks.ipynb #134444fc
 def read_notebook(path:str|Path, # an executed notebook
 ): # nbformat's NotebookNode
     "Read an executed notebook; `RaptorError` if it is not a notebook."
@@ -114,7 +114,7 @@ def clear_checkpoints(name:str, # a notebook of the paper that has run to its en
         path.unlink(missing_ok=True)
         with suppress(OSError): path.parent.rmdir() # it may hold the results of the run
 
-# %% ../../nbs/api/pipeline/02_notebooks.ipynb #6616f1db
+# %% ../../nbs/api/pipeline/02_notebooks.ipynb #db4d06fa
 def flag_of(copy:str, # executed notebook of a step, below the study's folder
 ) -> str: # below the study's folder
     "The file that says to Snakemake that a step is finished."
@@ -134,13 +134,15 @@ def raise_flag(study:Study, # the study
 def refresh(study:Study, # that is held exclusively
     items:list[str], # tables and figures
 ) -> list[str]: # sentences about what is damaged
-    "Give a flag to each finished step, and take it from the others."
-    damaged, first = [], first_steps(study)
-    def look(steps):
-        for s in steps:
-            if finished := is_finished(study, s): raise_flag(study, s, 1e9)
-            else: (study.folder/flag_of(s.copy)).unlink(missing_ok=True)
-            if not finished and (what := damage(study, s)): damaged.append(f"{study.folder/what}; it is made again.")
-    look(first)
-    if is_finished(study, first[-1]): look(later_steps(study, items))
+    "Give a flag to each finished step behind finished ones, and to no other."
+    shutil.rmtree(study.folder/".done", ignore_errors=True)
+    flagged, damaged, first = set(), [], first_steps(study)
+    def look(s):
+        if what := damage(study, s): damaged.append(f"{study.folder/what}; it is made again.")
+        elif flagged.issuperset(s.after) and is_finished(study, s):
+            raise_flag(study, s, 1e9)
+            flagged.add(s.copy)
+    for s in first: look(s)
+    if first[-1].copy in flagged: # the others are known
+        for s in later_steps(study, items): look(s)
     return damaged
