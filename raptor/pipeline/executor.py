@@ -32,9 +32,12 @@ def start_server() -> None:
     multiprocessing.set_forkserver_preload(PRELOAD)
     quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "GOMP_SPINCOUNT": "30000"}
     safe = {"PYTHONSAFEPATH": "1"} # it starts in the study's folder, whose files are no modules
+    main = threading.current_thread() is threading.main_thread()
+    before = main and signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the jobs, by way of the executor
     with patch.dict(os.environ, quiet | safe): forkserver.ensure_running()
+    if main: signal.signal(signal.SIGINT, before)
 
-# %% ../../nbs/api/pipeline/04_executor.ipynb #ac41ce13
+# %% ../../nbs/api/pipeline/04_executor.ipynb #1960c01d
 def stop_server() -> None:
     "Stop the fork server: its socket is among temporary files that are removed when the study ends."
     forkserver._forkserver._stop()
