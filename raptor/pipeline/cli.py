@@ -29,7 +29,7 @@ from ..study.study import Study
 from .needs import costs, run_needs
 from .notebooks import clear_checkpoints, notebook_names, raise_flag, run_notebook
 from .page import describe_other_code, write_page
-from .processes import claimed_gpus, end_with_parent, stop_on_signals, use_threads
+from .processes import claimed_gpus, end_with_parent, name_user, stop_on_signals, use_threads
 from .runs import describe_runs, reproduce
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #ff953211
@@ -87,6 +87,7 @@ def run_command(
     """Execute one notebook with papermill and keep the executed copy (by default where the study has it)."""
     end_with_parent()
     stop_on_signals()
+    name_user()
     study, values = Study.open(preset, home), dict(_parse(p) for p in param or ())
     name, folder = check_name(name, notebook_names(), "notebook"), check_writable(study.folder)
     os.environ.update(RAPTOR_HOME=str(study.home), RAPTOR_PROGRESS="0")

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PROBE', 'visible_gpus', 'claimed_gpus', 'use_threads', 'end_with_parent', 'stop_on_signals', 'study_lock',
-           'temporary_folder', 'sweep']
+           'name_user', 'temporary_folder', 'sweep']
 
 # %% ../../nbs/api/pipeline/01_processes.ipynb #93ecb760
 import errno
 import fcntl
 import multiprocessing
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -99,6 +100,13 @@ def study_lock(folder:str|Path, # of the study
         if not _is_free(f): raise RaptorError(f"another raptor is at work in {folder}; wait for it or stop it.")
         yield
 
+def name_user() -> None:
+    "Answer for a user whom the system does not know, as in a container, when libraries ask for a name and a home."
+    try: pwd.getpwuid(os.getuid())
+    except KeyError:
+        os.environ.setdefault("LOGNAME", f"uid{os.getuid()}")
+        os.environ.setdefault("HOME", tempfile.gettempdir())
+
 @contextmanager
 def temporary_folder(study:str|Path, # folder of a study that is held exclusively
 ):
@@ -114,6 +122,7 @@ def temporary_folder(study:str|Path, # folder of a study that is held exclusivel
     except FileExistsError: folder = Path(tempfile.mkdtemp(prefix=f"raptor-{os.getuid()}-"))
     others, tempfile.tempdir = sockets.get("tempdir"), str(folder)
     os.environ["TMPDIR"] = sockets["tempdir"] = str(folder)
+    name_user()
     try: yield folder
     finally:
         tempfile.tempdir, sockets["tempdir"] = usual, others
