@@ -7,7 +7,7 @@ __all__ = ['TRAINED_IN', 'ITEM_READS', 'SECTIONS', 'ITEM_SECTIONS', 'NO_MATTER',
            'notebook_defaults', 'run_folder', 'copy_of', 'Step', 'step', 'step_of', 'first_steps', 'later_steps',
            'spec_of', 'written', 'source_of', 'seal', 'damage', 'is_finished', 'other_code']
 
-# %% ../../nbs/api/study/07_steps.ipynb #1e93a02d
+# %% ../../nbs/api/study/07_steps.ipynb #2f2851f9
 import ast
 import os
 from collections import defaultdict
@@ -21,7 +21,7 @@ from .presets import Preset, Run
 from .study import Study
 from .weights import weights_path
 
-# %% ../../nbs/api/study/07_steps.ipynb #0823e790
+# %% ../../nbs/api/study/07_steps.ipynb #ad27c837
 TRAINED_IN = {"train_teacher": "{name}", "train_block": "blocks/{start}-{end}-r{replica}",
               "train_raptor": "raptors/k{k}-r{replica}", "train_probe": "probes/{model}-{task}",
               "train_control": "controls/{name}"} # below the study's folder; k is the number of phases
@@ -39,7 +39,9 @@ def run_folder(notebook:str, # a notebook that trains
 ) -> str: # below the study's folder
     "Where a training notebook works."
     values = notebook_defaults(notebook) | params
-    return TRAINED_IN[notebook].format(**values, k=len(values.get("ends", ())))
+    folder = TRAINED_IN[notebook].format(**values, k=len(values.get("ends", ())))
+    if os.path.normpath(folder) == folder and not folder.startswith((".", "/")): return folder
+    raise RaptorError(f"{notebook} would work in {folder!r}, outside the study; choose another name.")
 
 def copy_of(notebook:str, # a notebook of the paper
     params:dict={}, # of its cell tagged `parameters`; defaults may be left out
@@ -48,7 +50,7 @@ def copy_of(notebook:str, # a notebook of the paper
     folder = run_folder(notebook, params) if notebook in TRAINED_IN else "notebooks"
     return f"{'notebooks' if folder == 'teacher' else folder}/{notebook}.ipynb"
 
-# %% ../../nbs/api/study/07_steps.ipynb #a0f4f9e7
+# %% ../../nbs/api/study/07_steps.ipynb #9a1b014a
 @dataclass(frozen=True)
 class Step:
     "One run of a notebook."
@@ -91,6 +93,8 @@ def _reads(study, notebook, values) -> tuple: # copies
         ends, r = values["ends"], values["replica"]
         return states + tuple(f"blocks/{s}-{e}-r{r}/train_block.ipynb" for s, e in zip((0, *ends), ends))
     if notebook == "train_probe":
+        if (task := values["task"]) not in study.preset.probes:
+            raise RaptorError(f"preset {study.name} has no probe {task!r}; it has {', '.join(study.preset.probes)}.")
         backbone = values["model"] in ("teacher", *study.preset.extra_models)
         return teacher + (() if backbone else (f"raptors/{values['model']}/train_raptor.ipynb",))
     if notebook == "train_control":
@@ -128,7 +132,7 @@ def later_steps(study:Study, # whose phases are known
     runs = (*study.runs.values(), *study.controls.values())
     return [*(step_of(study, r) for r in runs), *(step(study, i) for i in (*items, "summary"))]
 
-# %% ../../nbs/api/study/07_steps.ipynb #d4775ab9
+# %% ../../nbs/api/study/07_steps.ipynb #94bfb78c
 SECTIONS = {"train_teacher": (), "cache_activations": ("activations",), "find_phases": ("activations", "phases"),
             "train_block": ("activations", "block", "stage1", "last_block"),
             "train_raptor": ("activations", "block", "stage2"), "train_probe": ("extra_models",),
@@ -164,7 +168,7 @@ def spec_of(study:Study, # the study
     seeds = {name: preset.seeds.get(name) for name in ("teacher", *(["phases"] if "phases" in sections else []))}
     return fingerprint([parts, seeds, files, step.params])
 
-# %% ../../nbs/api/study/07_steps.ipynb #4b845652
+# %% ../../nbs/api/study/07_steps.ipynb #7606c04d
 WRITTEN = {"find_phases": ("phases/*.csv", "phases/*.json"), "cache_activations": ("activations.csv",),
            "summary": ("summary.html",)}
 RESULTS = (".safetensors", ".csv", ".json") # what a training run writes besides its notebook and its model card
@@ -197,22 +201,26 @@ def seal(study:Study, # the study
     after = {c: _content(study, c) for c in step.after}
     files = {str(p.relative_to(study.folder)): _digest(p) for p in written(study, step)}
     notebook["metadata"]["raptor"] = {
-        "spec": spec_of(study, step), "after": after, "files": files, "cells": fingerprint(notebook["cells"]),
-        "code": code_version(), "source": source_of(step.notebook)}
+        "spec": spec_of(study, step), "after": after, "files": files, "code": code_version(),
+        "source": source_of(step.notebook)}
+    notebook["metadata"]["raptor"]["whole"] = _whole(notebook)
     write_json(copy, notebook)
+
+def _whole(notebook) -> str: # a digest of an executed notebook, apart from this digest
+    metadata = {**notebook["metadata"], "raptor": {**notebook["metadata"]["raptor"], "whole": None}}
+    return fingerprint({**notebook, "metadata": metadata})
 
 def _note(study, copy) -> dict|None: # None: there is none
     "The note in an executed notebook; a damaged one is a RaptorError."
     if not (path := study.folder/copy).exists(): return None
     notebook, damaged = read_json(path, limit=1 << 30), RaptorError(f"{path} is not what its run wrote; delete it.")
-    try: note, cells = notebook["metadata"].get("raptor"), fingerprint(notebook["cells"])
+    try:
+        if (note := notebook["metadata"].get("raptor")) is None: return None # it was executed otherwise
+        if {k: type(v) for k, v in note.items()} == NOTE and note["whole"] == _whole(notebook): return note
     except (AttributeError, KeyError, TypeError) as e: raise damaged from e
-    if note is None: return None # it was executed otherwise
-    if not isinstance(note, dict) or {k: type(v) for k, v in note.items()} != NOTE or note["cells"] != cells:
-        raise damaged
-    return note
+    raise damaged
 
-NOTE = {"spec": str, "after": dict, "files": dict, "cells": str, "code": str, "source": str}
+NOTE = {"spec": str, "after": dict, "files": dict, "code": str, "source": str, "whole": str}
 
 def _content(study, copy) -> str: # "" where there is none
     try: return fingerprint(note["files"]) if (note := _note(study, copy)) else ""
@@ -236,7 +244,7 @@ def is_finished(study:Study, # the study
     if damage(study, step) or (note := _note(study, step.copy)) is None: return False
     return note["spec"] == spec_of(study, step) and note["after"] == {c: _content(study, c) for c in step.after}
 
-# %% ../../nbs/api/study/07_steps.ipynb #b87e5969
+# %% ../../nbs/api/study/07_steps.ipynb #1ca23878
 def other_code(study:Study, # that has run
 ) -> dict[str, list[str]]: # {version of the code: copies of steps}
     "The executed notebooks that were made by other code than the present."
