@@ -357,12 +357,11 @@ def test_a_preset_may_be_named_by_a_relative_path(tmp_path, monkeypatch, argv):
     assert "preset file" not in said.stderr and ("phases/distance.csv" in said.stderr or "notebook summary" in said.stderr or said.returncode == 0), said.stderr
 
 
-@pytest.mark.parametrize("home,words", [("~nobody-of-this-name/x", "set RAPTOR_HOME to an absolute path"), ("\0", "null byte")])
-def test_a_home_that_does_not_exist_is_named(monkeypatch, home, words):
-    if home == "\0": pytest.skip("no environment holds it")
-    from raptor.core import home_root
-    monkeypatch.setenv("RAPTOR_HOME", home)
-    with pytest.raises(RaptorError, match=words): home_root()
+@pytest.mark.parametrize("variable", ["RAPTOR_HOME", "RAPTOR_DATA"])
+def test_a_home_folder_that_does_not_exist_is_named(monkeypatch, variable):
+    from raptor.core import data_root, home_root
+    monkeypatch.setenv(variable, "~nobody-of-this-name/x")
+    with pytest.raises(RaptorError, match=f"set {variable} to an absolute path"): (home_root if variable == "RAPTOR_HOME" else data_root)()
 
 
 def test_a_working_folder_that_was_deleted_is_named(tmp_path):

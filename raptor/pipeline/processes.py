@@ -114,7 +114,8 @@ def temporary_folder(study:str|Path, # folder of a study that is held exclusivel
     try: usual = tempfile.gettempdir()
     except FileNotFoundError as e:
         raise RaptorError("no folder for temporary files can be written; set TMPDIR to one that can.") from e
-    folder, before = Path(usual)/f"raptor-{os.getuid()}-{fingerprint(str(study))}", os.environ.get("TMPDIR")
+    base = usual if len(usual) < 75 else "/tmp" # the path of a socket has at most 103 characters
+    folder, before = Path(base)/f"raptor-{os.getuid()}-{fingerprint(str(study))[:8]}", os.environ.get("TMPDIR")
     sockets = multiprocessing.current_process()._config # "tempdir" is where multiprocessing has them
     with suppress(OSError): # left by a command that was killed, unless it is somebody else's
         if folder.lstat().st_uid == os.getuid() and not folder.is_symlink(): shutil.rmtree(folder)
