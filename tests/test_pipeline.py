@@ -232,7 +232,11 @@ def studies(tmp_path_factory):
         for place in (folder/"two"/"tiny", folder/"two"/"tiny"/"notebooks"):
             place.mkdir(parents=True, exist_ok=True)
             (place/f"{name}.py").write_text(f"open({str(folder/'imported')!r}, 'w')")
+    kernel = folder/"two"/"kernels"/"python3"/"kernel.json" # of a foreign installation
+    kernel.parent.mkdir(parents=True); kernel.write_text(json.dumps({"argv": ["touch", str(folder/"imported")], "language": "python", "display_name": "x"}))
+    os.environ["JUPYTER_PATH"] = str(folder/"two")
     running = [start("reproduce", "--preset", preset, home=folder/home, umask=umask) for home, umask in (("one", 0o022), ("two", 0o077))]
+    del os.environ["JUPYTER_PATH"]
     try:
         for process in running: assert process.wait(PATIENCE) == 0, process.stderr.read()
     finally:
@@ -256,7 +260,7 @@ def test_the_modes_of_files_follow_the_umask(studies):
         assert not wrong
 
 
-def test_files_of_a_study_are_no_modules(studies): assert not (studies[2].parent/"imported").exists()
+def test_files_of_a_study_are_no_modules_and_foreign_kernels_are_not_started(studies): assert not (studies[2].parent/"imported").exists()
 
 
 def digests(folder):

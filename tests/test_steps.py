@@ -166,3 +166,18 @@ def test_a_checkpoint_of_a_finished_run_goes(study):
     left.touch()
     refresh(study, ITEMS)
     assert not left.exists() and damage(study, step(study, "train_block", {"end": 2})) == ""
+
+
+def test_runs_that_are_no_longer_asked_for_leave_the_tables_once_their_settings_change(study):
+    "Another replica, whose settings hold, stays; after an edit it would stand beside results of other settings."
+    for settings, told in ((study.preset, 0), (changed(study.preset, stage1={**study.preset.stage1, "lr": 0.5}), 2)):
+        other = Study(settings, study.home, study.origin)
+        if not told:
+            for end, start in ((2, 0), (6, 2)):
+                params = {"start": start, "end": end, "replica": 7, "seed": 5}
+                extra = step(study, "train_block", params)
+                for name in files_of(extra): (study.folder/name).parent.mkdir(parents=True, exist_ok=True); (study.folder/name).write_text(name)
+                write_json(study.folder/extra.copy, {"cells": [], "metadata": {"papermill": {"parameters": {"preset": "smoke", **params}}}})
+                seal(study, extra, study.folder/extra.copy)
+        said = [line for line in refresh(other, ITEMS) if "no run of this preset" in line]
+        assert len(said) == told and len(list(study.folder.glob("blocks/*-r7"))) == 2 - told and len(list(study.folder.glob(".old/blocks/*-r7/result.csv"))) == told

@@ -82,13 +82,14 @@ def run_command(
     param:Annotated[Optional[list[str]], typer.Option(help="NAME=VALUE for its parameters cell; repeatable.")]=None,
     threads:Annotated[Optional[int], typer.Option(help="CPU threads to compute with; default: as torch chooses.")]=None,
     home:HomeOption=None,
+    replicas:Annotated[Optional[int], typer.Option(help="Replicas that a table reads; default: the preset's.")]=None,
     if_missing:Annotated[bool, typer.Option("--if-missing", help="Do nothing if it is finished; for Snakemake.")]=False,
 ):
     """Execute one notebook with papermill and keep the executed copy (by default where the study has it)."""
     end_with_parent()
     stop_on_signals()
     name_user()
-    study, values = Study.open(preset, home), dict(_parse(p) for p in param or ())
+    study, values = Study.open(preset, home, replicas), dict(_parse(p) for p in param or ())
     name, folder = check_name(name, notebook_names(), "notebook"), check_writable(study.folder)
     os.environ.update(RAPTOR_HOME=str(study.home), RAPTOR_PROGRESS="0")
     given = os.environ.get("OMP_NUM_THREADS", "") # OpenMP also takes a list, which is left alone

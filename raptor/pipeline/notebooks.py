@@ -23,9 +23,10 @@ from raptor.study.steps import (
     later_steps,
     notebook_defaults,
     run_folder,
+    step,
 )
 
-from ..core import RaptorError, atomic_path, check_name, paper_root, read_text
+from ..core import RaptorError, atomic_path, check_name, paper_root, read_json, read_text
 from ..study.study import Study
 
 # isort: split
@@ -91,7 +92,7 @@ def run_notebook(name:str, # a notebook of the paper
     failed.unlink(missing_ok=True)
     return output
 
-# %% ../../nbs/api/pipeline/02_notebooks.ipynb #345f8bed
+# %% ../../nbs/api/pipeline/02_notebooks.ipynb #7d7b332c
 def read_notebook(path:str|Path, # an executed notebook
 ): # nbformat's NotebookNode
     "Read an executed notebook; `RaptorError` if it is not a notebook."
@@ -114,7 +115,7 @@ def clear_checkpoints(name:str, # a notebook of the paper that has run to its en
         path.unlink(missing_ok=True)
         with suppress(OSError): path.parent.rmdir() # it may hold the results of the run
 
-# %% ../../nbs/api/pipeline/02_notebooks.ipynb #f8087b88
+# %% ../../nbs/api/pipeline/02_notebooks.ipynb #d789be64
 def flag_of(copy:str, # executed notebook of a step, below the study's folder
 ) -> str: # below the study's folder
     "The file that says to Snakemake that a step is finished."
@@ -133,16 +134,34 @@ def raise_flag(study:Study, # the study
 
 def refresh(study:Study, # that is held exclusively
     items:list[str], # tables and figures
-) -> list[str]: # sentences about what is damaged
+) -> list[str]: # sentences about what is damaged or left over
     "Give a flag to each finished step behind finished ones, and to no other."
     shutil.rmtree(study.folder/".done", ignore_errors=True)
-    flagged, damaged, first = set(), [], first_steps(study)
+    flagged, told, first = set(), [], first_steps(study)
     def look(s):
-        if what := damage(study, s): damaged.append(f"{study.folder/what}; it is made again.")
+        if what := damage(study, s): told.append(f"{study.folder/what}; it is made again.")
         elif flagged.issuperset(s.after) and is_finished(study, s):
             raise_flag(study, s, 1e9)
             flagged.add(s.copy)
     for s in first: look(s)
-    if first[-1].copy in flagged: # the others are known
-        for s in later_steps(study, items): look(s)
-    return damaged
+    if first[-1].copy not in flagged: return told # the others are not known
+    later = later_steps(study, items)
+    for s in later: look(s)
+    return told + [f"{run} is no run of this preset and has other settings; it is moved to {study.folder/'.old'}."
+                   for run in _left_over(study, {s.copy for s in later})]
+
+def _left_over(study, planned:set) -> list: # folders that were moved
+    "Move the runs that are no part of the study any more away from its tables, unless their settings still hold."
+    moved = []
+    for path in study.folder.glob("*/*/train_*.ipynb"):
+        copy = path.relative_to(study.folder)
+        if str(copy) in planned or path.name.count(".") > 1 or path.stem not in TRAINED_IN: continue
+        try:
+            given = read_json(path, limit=1 << 30)["metadata"]["papermill"]["parameters"]
+            if is_finished(study, step(study, path.stem, {k: v for k, v in given.items() if k != "preset"})): continue
+        except (RaptorError, LookupError, TypeError, ValueError): pass # whatever it is, it is not of this study
+        old = study.folder/".old"/copy.parent
+        shutil.rmtree(old, ignore_errors=True)
+        old.parent.mkdir(parents=True, exist_ok=True)
+        moved.append(shutil.move(path.parent, old) and path.parent)
+    return moved
