@@ -37,7 +37,7 @@ def start_server() -> None:
     with patch.dict(os.environ, quiet | safe): forkserver.ensure_running()
     if main: signal.signal(signal.SIGINT, before)
 
-# %% ../../nbs/api/pipeline/04_executor.ipynb #2e92b1d1
+# %% ../../nbs/api/pipeline/04_executor.ipynb #791e0c56
 def stop_server() -> None:
     "Stop the fork server: its socket is among temporary files that are removed when the study ends."
     forkserver._forkserver._stop()

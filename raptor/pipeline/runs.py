@@ -109,7 +109,7 @@ def _snakemake(argv:list[str], preset, profile, cores, dry_run) -> int:
         except SystemExit as e: status = int(e.code or 0)
     for error in errors:
         if not (isinstance(error, WorkflowError) and "at least one job" in str(error).lower()): # it has said why
-            raise RaptorError(f"Snakemake cannot run the study ({_short(error)}); start with --debug to see where.") from error
+            raise RaptorError(f"Snakemake cannot run the study ({_short(error)}); see where with --debug.") from error
     return status
 
 def _short(error) -> str: # of a text that may be long
