@@ -40,7 +40,7 @@ def start_server() -> None:
     with patch.dict(os.environ, quiet | safe): forkserver.ensure_running()
     if main: signal.signal(signal.SIGINT, before)
 
-# %% ../../nbs/api/pipeline/04_executor.ipynb #ee7b1c24
+# %% ../../nbs/api/pipeline/04_executor.ipynb #d6e64d65
 def stop_server() -> None:
     "Stop the fork server: its socket is among temporary files that are removed when the study ends."
     forkserver._forkserver._stop()

@@ -6,6 +6,7 @@
 __all__ = ['MAIN_ITEMS', 'SNAKEMAKE', 'LOCAL', 'study_config', 'describe_runs', 'reproduce']
 
 # %% ../../nbs/api/pipeline/05_runs.ipynb #48cf4d1e
+import argparse
 import os
 import signal
 import sys
@@ -102,9 +103,11 @@ def _snakemake(argv:list[str], preset, profile, cores, dry_run) -> int:
     if profile: argv += ["--profile", profile_path(profile)]
     elif not dry_run: argv += ["--executor", register_executor()]
     if cores or not profile: argv += ["--cores", str(cores or usable_cores())]
-    errors, where = [], (cli, api.SnakemakeApi)
-    early, late = (patch.object(w, "print_exception", lambda *given: errors.append(given[-1])) for w in where)
-    with early, late, _stops(profile):
+    errors = []
+    def keep(*given): errors.append(given[-1])
+    def refuse(parser, message): raise ValueError(message) # rather than print how Snakemake is called
+    early, late = (patch.object(where, "print_exception", keep) for where in (cli, api.SnakemakeApi))
+    with early, late, patch.object(argparse.ArgumentParser, "error", refuse), _stops(profile):
         try: cli.main([*argv, *_gpu_limit(preset, profile), *([] if profile else LOCAL)])
         except SystemExit as e: status = int(e.code or 0)
     for error in errors:
