@@ -81,7 +81,7 @@ def test_the_recipe_is_the_papers():
     assert study.stage1_config((0, 7), 100) == TrainConfig(seed=100, loss="mse", **own), "the defaults of TrainConfig are the paper's stage 1"
     assert study.stage1_config((7, 12), 105) == TrainConfig(seed=105, loss="weighted", token_weights=(0.34, 0.33, 0.33), **own)
     assert study.stage2_config(1001) == TrainConfig(seed=1001, loss="weighted", token_weights=(0.45, 0.10, 0.45), forcing="free", **own)
-    assert study.preset.data.limit == TrainConfig().batch_size * 15_625 and TrainConfig().steps == 20 * 15_625
+    assert TrainConfig().steps == 20 * 15_625, "an epoch is 15,625 steps, whatever the number of images"
     expected = {"classification": (1e-4, 1e-2, 1.0, 100, "cosine", 15, 512), "segmentation": (1e-3, 1e-2, 1.0, 100, "cosine", 10, 32), "depth": (1e-3, 1e-3, None, 0, "constant", 25, 128)}
     for task, values in expected.items():
         c = study.probe_config(task, 1)
@@ -89,6 +89,16 @@ def test_the_recipe_is_the_papers():
         filled = c.for_data(50_000)
         assert filled.min_lr == pytest.approx(0.01 * c.lr) and filled.steps == c.epochs * (50_000 // c.batch_size)
     assert study.preset.activations.source == "live" and study.preset.activations.precision == "bf16"
+
+
+@pytest.mark.parametrize("name", ["dinov2_vitb14", "dinov2_vits14"])
+def test_all_of_imagenet_is_behind_the_states_and_the_header_says_what_precision(name):
+    "The authors iterate all 1,281,167 images; a limit of a million would leave out 22 %."
+    study = Study.open(name)
+    assert study.preset.data.limit is None and all(probe.data.limit is None for probe in study.preset.probes.values())
+    assert study.stage1_config((0, 7), 100).steps == study.stage2_config(1001).steps == 312_500
+    header = [line for line in preset_path(name).read_text().splitlines() if line.startswith("#")]
+    assert any("Precision:" in line and "float32" in line and "fp16" in line and "bf16" in line for line in header)
 
 
 @pytest.mark.parametrize("name,width,hours", [("dinov2_vitb14", 768, 112), ("dinov2_vits14", 384, 29)])
