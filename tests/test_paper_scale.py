@@ -2,6 +2,7 @@
 import json, os, re, shutil, signal, subprocess, sys, time
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -61,6 +62,32 @@ def run_cells(name, **parameters):
     return space
 
 
+def test_tables_show_the_best_epoch_beside_the_published_one_and_the_last_in_a_column_of_its_own(at):
+    "Two replicas of one number of blocks; the paper reports the best epoch, and its R2 is the pooled one."
+    study = Study.open(changed(at, phases__ks=[2], phases__ends={2: [7, 12]}, extra_models={}))
+    def write(path, rows):
+        (study.folder/path).parent.mkdir(parents=True)
+        pd.DataFrame(rows).to_csv(study.folder/path, index=False)
+    for model, best, last in (("teacher", 0.8, 0.7), ("k2-r0", 0.6, 0.4), ("k2-r1", 0.7, 0.5)):
+        for task, metric in (("classification", "top1"), ("segmentation", "miou"), ("depth", "rmse")):
+            write(f"probes/{model}-{task}/result.csv", [dict(model=model, task=task, metric=metric, best=best, last=last, seed=1, data="d")])
+    for r in (0, 1):
+        values = {"r2_mean": 0.5 + r/10, "r2_pooled": 0.9 + r/20, "r2": 0.1}
+        write(f"raptors/k2-r{r}/result.csv", [dict(measure=m, value=v, stage=2, k=2, replica=r, seed=r) for m, v in values.items()])
+    shown = run_cells("tab_probes", preset=str(study.origin))["shown"]
+    table = study.load_tables("results/tab_probes.csv").set_index(["row", "metric"])
+    expected = {"mean": 0.65, "std": 0.005**0.5, "last": 0.45, "last_std": 0.005**0.5, "share": 0.65/0.8}
+    assert table.loc[("Raptor k=2", "top1"), list(expected)].tolist() == pytest.approx(list(expected.values()))
+    assert table.loc[("Raptor k=2", "rmse"), "share"] == pytest.approx(0.8/0.65)
+    cells = {source.split(": ")[1]: shown.loc["Raptor k=2", source]["top-1, %"] for source in shown.columns.unique(0)}
+    assert cells == {"DINOv2 ViT-B": "81.2 ± 0.2 (96.1%)", "small": "65.0 ± 7.1 (81.2%)", "small, last epoch": "45.0 ± 7.1 (64.3%)"}
+    figure = run_cells("fig_accuracy_r2", preset=str(study.origin))
+    frame = study.load_tables("results/fig_accuracy_r2.csv")
+    assert frame[["accuracy", "accuracy_last", "r2", "r2_pooled", "teacher", "teacher_last"]].values.tolist() == [
+        pytest.approx([0.6, 0.4, 0.5, 0.9, 0.8, 0.7]), pytest.approx([0.7, 0.5, 0.6, 0.95, 0.8, 0.7])]
+    assert figure["teacher"] == 0.8
+
+
 # the presets ----------------------------------------------------------------------------------------------------------
 def test_the_dry_run_lists_the_papers_sixty_runs(tmp_path):
     said = raptor("reproduce", "--preset", "dinov2_vitb14", "--dry-run", home=tmp_path/"home", data=tmp_path)
@@ -81,7 +108,7 @@ def test_the_recipe_is_the_papers():
     assert study.stage1_config((0, 7), 100) == TrainConfig(seed=100, loss="mse", **own), "the defaults of TrainConfig are the paper's stage 1"
     assert study.stage1_config((7, 12), 105) == TrainConfig(seed=105, loss="weighted", token_weights=(0.34, 0.33, 0.33), **own)
     assert study.stage2_config(1001) == TrainConfig(seed=1001, loss="weighted", token_weights=(0.45, 0.10, 0.45), forcing="free", **own)
-    assert study.preset.data.limit == TrainConfig().batch_size * 15_625 and TrainConfig().steps == 20 * 15_625
+    assert TrainConfig().steps == 20 * 15_625, "an epoch is 15,625 steps, whatever the number of images"
     expected = {"classification": (1e-4, 1e-2, 1.0, 100, "cosine", 15, 512), "segmentation": (1e-3, 1e-2, 1.0, 100, "cosine", 10, 32), "depth": (1e-3, 1e-3, None, 0, "constant", 25, 128)}
     for task, values in expected.items():
         c = study.probe_config(task, 1)
@@ -89,6 +116,16 @@ def test_the_recipe_is_the_papers():
         filled = c.for_data(50_000)
         assert filled.min_lr == pytest.approx(0.01 * c.lr) and filled.steps == c.epochs * (50_000 // c.batch_size)
     assert study.preset.activations.source == "live" and study.preset.activations.precision == "bf16"
+
+
+@pytest.mark.parametrize("name", ["dinov2_vitb14", "dinov2_vits14"])
+def test_all_of_imagenet_is_behind_the_states_and_the_header_says_what_precision(name):
+    "The authors iterate all 1,281,167 images; a limit of a million would leave out 22 %."
+    study = Study.open(name)
+    assert study.preset.data.limit is None and all(probe.data.limit is None for probe in study.preset.probes.values())
+    assert study.preset.stage1["steps"] == study.preset.stage2["steps"] == 312_500
+    header = [line for line in preset_path(name).read_text().splitlines() if line.startswith("#")]
+    assert any("Precision:" in line and "float32" in line and "fp16" in line and "bf16" in line for line in header)
 
 
 @pytest.mark.parametrize("name,width,hours", [("dinov2_vitb14", 768, 112), ("dinov2_vits14", 384, 29)])
