@@ -44,7 +44,7 @@ def test_enlarged_three_times_the_middle_of_each_block_is_the_scan():
 
 
 def test_augmented_digit_is_a_shift_by_at_most_two_pixels():
-    plain, moved = load_dataset("digits", "train", train_transform=False), load_dataset("digits", "train")
+    plain, moved = load_dataset("digits", "train", augment=False), load_dataset("digits", "train")
     padded = F.pad(plain[3]["image"], (2,)*4, value=-plain.mean[0]/plain.std[0])
     windows = [padded[:, y:y + 24, x:x + 24] for y in range(5) for x in range(5)]
     seen = set()
@@ -59,7 +59,7 @@ def test_augmented_digit_is_a_shift_by_at_most_two_pixels():
 
 def test_normalised_training_sets_have_mean_0_and_std_1():
     for name in ("digits", "digit_scenes"):
-        x = load_dataset(name, "train", train_transform=False).get_batch(range(1000))["image"]
+        x = load_dataset(name, "train", augment=False).get_batch(range(1000))["image"]
         assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02
         assert torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])
 
@@ -195,7 +195,7 @@ def test_seed_and_split_change_the_scenes():
 
 
 def test_epochs_draw_new_scenes_only_in_training():
-    fixed, fresh = (load_dataset("digit_scenes", "train", limit=40, train_transform=t) for t in (False, True))
+    fixed, fresh = (load_dataset("digit_scenes", "train", limit=40, augment=t) for t in (False, True))
     first = fixed.images
     assert torch.equal(fresh.images, first) # epoch 0 is the fixed set
     for data in (fixed, fresh): data.set_epoch(3)

@@ -83,7 +83,7 @@ def test_cifar_augmentation_is_a_function_of_seed_epoch_and_index(cifar):
     b.set_epoch(1)
     assert not torch.equal(b[18]["image"], first)
     assert not torch.equal(load_dataset("cifar10", "train", root=cifar, seed=1)[18]["image"], first)
-    plain = load_dataset("cifar10", "train", root=cifar, train_transform=False)
+    plain = load_dataset("cifar10", "train", root=cifar, augment=False)
     seen = set()
     pad = torch.nn.functional.pad(plain.images[18], (4,)*4)
     for epoch in range(12): # shift up to four, mirrored or not
@@ -108,7 +108,7 @@ def test_cifar_at_another_size_is_resized_as_drawn(cifar):
 def test_limit_keeps_all_classes_in_view(cifar):
     data = load_dataset("cifar10", "train", root=cifar, limit=60)
     assert len(data) == 60 and len(set(data.labels.tolist())) >= 9
-    again = load_dataset("cifar10", "train", root=cifar, limit=60, train_transform=False)
+    again = load_dataset("cifar10", "train", root=cifar, limit=60, augment=False)
     assert torch.equal(data.labels, again.labels) and len(again.images) == 60
 
 
@@ -150,7 +150,7 @@ def write_archive(folder, kind, monkeypatch):
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
 def test_archives_are_unpacked_and_read(tmp_path, monkeypatch, kind):
     write_archive(tmp_path/kind, kind, monkeypatch)
-    train, val, test = (load_dataset(kind, s, root=tmp_path, train_transform=False) for s in ("train", "val", "test"))
+    train, val, test = (load_dataset(kind, s, root=tmp_path, augment=False) for s in ("train", "val", "test"))
     assert (tmp_path/kind/SOURCES[kind].base_folder).is_dir()
     assert (len(train), len(val), len(test)) == (40, 0, 10) # a tenth of four is none
     assert train.images[7, :, 31, 0].tolist() == [7, 14, 21] and train.labels.tolist() == [*range(10)]*4

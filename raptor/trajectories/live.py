@@ -31,18 +31,21 @@ from raptor.core import (
     write_json,
 )
 
+from ..data.base import check_fits
 from .cache import CACHE_TYPES, CachedTrajectories, CacheSpec, chunk_shape, estimate_cache_bytes
 from .order import TrajectorySource, fetch_batches, image_batches, permutation, prefetch
 
 # %% ../../nbs/api/trajectories/02_live.ipynb #cfc2595f
 class LiveTrajectories(TrajectorySource):
-    "Trajectories computed by the frozen backbone when they are requested."
+    "Trajectories computed when they are requested; `RaptorError` if the images are not what the backbone takes."
     def __init__(self, backbone, # a `Backbone`, on any device
-        dataset, # map-style, items {"image", "target", "index"}
+        dataset, # map-style, items {"image", "target", "index"}; `load_dataset(..., teacher=backbone)` opens one
         *, workers:int=0, # processes that fetch images; 0: this one
         dtype:torch.dtype|None=None, # autocast type of the teacher's forward pass; None: full precision
     ):
+        check_fits(dataset, backbone)
         self.backbone, self.dataset, self.workers, self.autocast = backbone, dataset, workers, dtype
+        self.augmented = bool(getattr(dataset, "augmented", False))
         self.num_images, self.depth, self.layers = len(dataset), backbone.depth, (0, backbone.depth)
         self.num_tokens, self.dim = backbone.num_prefix + backbone.grid[0] * backbone.grid[1], backbone.dim
         self.num_prefix, self.has_cls = backbone.num_prefix, backbone.has_cls
