@@ -275,8 +275,8 @@ def test_normalisation_and_size_can_be_set():
 
 def test_fingerprint_follows_what_decides_the_pixels():
     base = dict(name="digit_scenes", split="train", limit=10)
-    variants = [{}, {"split": "val", "train_transform": True}, {"size": 48}, {"limit": 11}, {"seed": 1},
-        {"train_transform": False}, {"mean": (0, 0, 0)}, {"name": "digits"}]
+    variants = [{}, {"split": "val", "augment": True}, {"size": 48}, {"limit": 11}, {"seed": 1},
+        {"augment": False}, {"mean": (0, 0, 0)}, {"name": "digits"}]
     prints = [load_dataset(**{**base, **v}).fingerprint for v in variants]
     assert len(set(prints)) == len(variants)
     assert load_dataset(**base, task="depth").fingerprint == prints[0]
@@ -295,7 +295,7 @@ def test_digits_need_neither_torchvision_nor_pillow():
 @pytest.mark.parametrize("arguments, said", [
     (dict(name="digits:x", split="train"), "digits"),
     (dict(name="digits", split="valid"), "'val'"),
-    (dict(name="nyuv2", split="test", task="depth"), "split of nyuv2"),
+    (dict(name="nyuv2", split="test", task="depth"), "nyuv2 has no split 'test'; use 'val'"),
     (dict(name="nyuv2", split="val"), "it has depth."),
     (dict(name="cifar10", split="val", task="all"), "it has classification."),
     (dict(name="digits", split="val", limit=-1), "limit=-1"),

@@ -49,10 +49,10 @@ def _open(spec, folder, download):
     if folder is None: return Digits(spec) if spec.kind == "digits" else DigitScenes(spec)
     from raptor.data.cifar import cifar
     from raptor.data.dense import ADE20K, NYUv2
-    from raptor.data.files import ImageFiles, image_folder, list_images
+    from raptor.data.folders import image_folder, imagenet
     if spec.kind.startswith("cifar"): return cifar(spec, folder, download)
-    if spec.kind == "imagenet": return ImageFiles(spec, folder, *list_images(spec, folder, spec.split))
-    return {"folder": image_folder, "ade20k": ADE20K, "nyuv2": NYUv2}[spec.kind](spec, folder)
+    makers = {"imagenet": imagenet, "folder": image_folder, "ade20k": ADE20K, "nyuv2": NYUv2}
+    return makers[spec.kind](spec, folder)
 
 # %% ../../nbs/api/data/05_load.ipynb #b4ade8ba
 def load_dataset(name:str, # a key of `DATASETS`, or "folder:PATH"
