@@ -1,6 +1,8 @@
 "Digits, digit scenes and what all datasets share."
 import hashlib, subprocess, sys
 
+from types import SimpleNamespace
+
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -307,3 +309,26 @@ def test_digits_need_neither_torchvision_nor_pillow():
 def test_wrong_requests_are_errors(arguments, said):
     with pytest.raises(RaptorError, match=said.replace(".", r"\.")) as e: load_dataset(**arguments)
     assert "\n" not in str(e.value)
+
+
+# --- images for a teacher ---
+
+given = dict(img_size=(16, 16), mean=(.5, .4, .3), std=(.2, .3, .4))
+
+@pytest.mark.parametrize("teacher, asked, got", [
+    (given, {}, ((16, 16), (.5, .4, .3), (.2, .3, .4), False)), (given, {"augment": True}, ((16, 16), (.5, .4, .3), (.2, .3, .4), True)),
+    ({**given, "img_size": 16}, {}, ((16, 16), (.5, .4, .3), (.2, .3, .4), False)), (given, {"size": 16}, ((16, 16), (.5, .4, .3), (.2, .3, .4), False)),
+    (dict(img_size=None, mean=None, std=None), {}, ((24, 24), (0.157,)*3, (0.290,)*3, False)),
+    (None, {}, ((24, 24), (0.157,)*3, (0.290,)*3, True)), (None, {"augment": False}, ((24, 24), (0.157,)*3, (0.290,)*3, False))])
+def test_a_dataset_is_opened_as_the_teacher_takes_it(teacher, asked, got):
+    data = load_dataset("digit_scenes", "train", limit=20, teacher=teacher and SimpleNamespace(**teacher), **asked)
+    assert (data.size, data.mean, data.std, data.augmented) == got
+    plain = load_dataset("digit_scenes", "train", limit=20, augment=got[3], size=got[0], mean=got[1], std=got[2])
+    assert data.fingerprint == plain.fingerprint and torch.equal(data[3]["image"], plain[3]["image"])
+
+
+@pytest.mark.parametrize("asked, said", [
+    ({"size": 24}, r"have size \(24, 24\) and the teacher takes \(16, 16\)"), ({"mean": (.5,)*3}, r"have mean \(0.5, 0.5, 0.5\)"),
+    ({"std": (.2, .3, .5)}, r"have std .*open them with load_dataset\(..., teacher=...\)"), ({"teacher": object()}, "object has no img_size and no mean")])
+def test_what_contradicts_the_teacher_is_refused(asked, said):
+    with pytest.raises(RaptorError, match=said): load_dataset("digits", "train", **{"teacher": SimpleNamespace(**given), **asked})

@@ -9,6 +9,7 @@ import time
 import tracemalloc
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,11 @@ from hypothesis import strategies as st
 import raptor.trajectories.cache as cache_module
 import raptor.trajectories.live as live_module
 from raptor.core import RaptorError, fingerprint
+from raptor.data.load import DATASETS, load_dataset
 from raptor.phases import layer_distance
+from raptor.pipeline.cli import check_caches, main
+from raptor.study.presets import load_preset, preset_names
+from raptor.study.study import Study
 from raptor.teacher.backbone import Backbone
 from raptor.trajectories.cache import CachedTrajectories, cache_faults, chunk_shape, estimate_cache_bytes
 from raptor.trajectories.live import LiveTrajectories, estimate_cache
@@ -579,7 +584,72 @@ def test_only_the_owner_replaces_a_cache(copy, tmp_path):
     assert write("you").spec.owner == "me" # the same numbers, whoever asks
 
 
+def small_study(tmp_path, **data):
+    "A study whose teacher is as it was before its training."
+    smoke = load_preset("smoke")
+    data = smoke.data.model_copy(update={"limit": 32, "test_limit": 8, **data})
+    study = Study.open(smoke.model_copy(update={"data": data, "activations": smoke.activations.model_copy(update={"chunk_images": 8})}), tmp_path)
+    retrain(study, 0)
+    return study
+
+def retrain(study, seed):
+    torch.manual_seed(seed)
+    study.teacher(trained=False).save(study.folder/"teacher"/"backbone.safetensors")
+
+def test_a_study_replaces_its_own_cache_when_its_teacher_was_trained_again(tmp_path):
+    zarr_or_skip()
+    study = small_study(tmp_path)
+    first = study.cache()
+    same = {f: f.stat().st_mtime_ns for f in (first.path/"states").rglob("*")}
+    study.cache()
+    assert same == {f: f.stat().st_mtime_ns for f in (first.path/"states").rglob("*")}
+    retrain(study, 1)
+    with pytest.raises(RaptorError, match="was expected; write the cache again, or use another folder"): study.source()
+    assert study.cache().fingerprint == study.source().fingerprint != first.fingerprint
+
+
+def test_doctor_reads_the_caches_of_all_studies(tmp_path, capsys):
+    zarr_or_skip()
+    study = small_study(tmp_path)
+    study.cache()
+    main(["doctor", "--home", str(tmp_path)])
+    assert "cache " not in capsys.readouterr().out
+    def deep():
+        try: main(["doctor", "--deep", "--home", str(tmp_path)])
+        except SystemExit as e: return e.code, *capsys.readouterr()
+    assert f"{study.folder}/activations (intact)" in deep()[1]
+    bad = study.folder/"activations/states/c/2/0/0/0"
+    flip(bad, 100)
+    (tmp_path/"other/activations").mkdir(parents=True)
+    code, out, err = deep()
+    assert code == 1 and f"chunk {bad} is damaged" in out and "other/activations holds no trajectory cache" in out
+    assert "the caches have the 2 faults above; run `raptor cache" in err
+    study.cache()
+    shutil.rmtree(tmp_path/"other")
+    assert not [f for _, found in check_caches(tmp_path) for f in found]
+
+
 # --- images for the teacher ---
+
+def test_a_study_and_its_lines_by_hand_see_the_same_images(tmp_path):
+    "What `raptor reproduce` compares are the states that the README's lines compute."
+    study = small_study(tmp_path)
+    teacher, live = study.teacher(), study.source("train", limit=16)
+    data = load_dataset("digit_scenes", "train", teacher=teacher, limit=16)
+    assert teacher.mean == data.mean == (0.157,)*3 and data.fingerprint == live.dataset.fingerprint
+    assert torch.equal(next(LiveTrajectories(teacher, data).batches(16)), next(live.batches(16)))
+    with pytest.raises(RaptorError, match="size .24, 24. and vit_nano_patch4_reg4_24 takes .32, 32."):
+        LiveTrajectories(study.teacher(img_size=(32, 32)), data)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_normalise_images_as_their_teacher_takes_them(tmp_path, name):
+    study = Study.open(name, tmp_path)
+    teacher = SimpleNamespace(**study.normalisation(), img_size=study.preset.teacher.img_size or study.preset.data.size)
+    if study.preset.teacher.train is not None: # before and after its training
+        assert (study.teacher(trained=False).mean, study.teacher(trained=False).std) == (teacher.mean, teacher.std)
+    info = DATASETS[study.preset.data.name]
+    assert all(len(v) == 3 for v in study.normalisation().values()) and (info.folder or study.dataset().mean == teacher.mean)
 
 class Sized(Noise):
     "Noise that says what it is."

@@ -31,6 +31,7 @@ DATASETS = {
     "imagenet": DatasetInfo(_LABEL, (224, 224), splits=_PAPER, folder="imagenet"),
     "ade20k": DatasetInfo(("segmentation",), (518, 518), splits=_PAPER, folder="ADEChallengeData2016"),
     "nyuv2": DatasetInfo(("depth",), (480, 640), splits=_PAPER, folder="nyuv2"),
+    "nyuv2_zoom_out": DatasetInfo(("depth",), (480, 640), splits=_PAPER, folder="nyuv2"), # crops of up to 200 %
     "folder": DatasetInfo(_LABEL, None, folder=""), # the path follows the name
 }
 
@@ -51,8 +52,8 @@ def _open(spec, folder, download):
     from raptor.data.dense import ADE20K, NYUv2
     from raptor.data.folders import image_folder, imagenet
     if spec.kind.startswith("cifar"): return cifar(spec, folder, download)
-    makers = {"imagenet": imagenet, "folder": image_folder, "ade20k": ADE20K, "nyuv2": NYUv2}
-    return makers[spec.kind](spec, folder)
+    makers = {"imagenet": imagenet, "folder": image_folder, "ade20k": ADE20K}
+    return makers.get(spec.kind, NYUv2)(spec, folder)
 
 # %% ../../nbs/api/data/05_load.ipynb #b4ade8ba
 def load_dataset(name:str, # a key of `DATASETS`, or "folder:PATH"
@@ -100,5 +101,5 @@ def _of_teacher(teacher, kind, size, mean, std):
         raise RaptorError(f"the teacher {type(teacher).__name__} has no {' and no '.join(lacking)}; "
                           "pass a Backbone, or size, mean and std.")
     theirs = [getattr(teacher, n) for n in names]
-    if kind == "nyuv2": theirs[0] = None # its size is that of the frame before padding
+    if kind.startswith("nyuv2"): theirs[0] = None # its size is that of the frame before padding
     return [t if own is None else own for own, t in zip((size, mean, std), theirs)]

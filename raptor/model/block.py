@@ -146,6 +146,8 @@ class RecurrentBlock(Recurrence):
         self.config = BlockConfig(dim, num_heads, mlp, hidden, layer_scale, depth_scaling)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.proj = nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.qkv.weight) # as nn.MultiheadAttention starts: queries, keys and values jointly
+        for layer in (self.qkv, self.proj): nn.init.zeros_(layer.bias)
         self.mlp = _MLPS[mlp](dim, self.config.hidden)
         self.gamma1, self.gamma2 = (nn.Parameter(torch.full((dim,), float(layer_scale))) for _ in range(2))
         self.scaling = DepthScaling(dim) if depth_scaling else None
