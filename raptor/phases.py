@@ -86,6 +86,9 @@ def as_phases(
 # %% ../nbs/api/01_phases.ipynb #defc456f
 def _layer_vectors(source, limit, batch_size, seed=None):
     "Yield {kind: (b, L, D) float64} of states 1..L for at most `limit` images; with a seed, of one shuffled epoch."
+    if getattr(source, "augmented", False):
+        raise RaptorError("the images of this source are augmented, and layers are compared on the images themselves; "
+                          "open its dataset with augment=False.")
     if limit is not None and limit < 1: raise RaptorError(f"limit is {limit}; give at least 1, or None for all images.")
     has_cls, left = getattr(source, "has_cls", source.num_prefix > 0), float("inf") if limit is None else limit
     drawn = {}

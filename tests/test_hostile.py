@@ -224,6 +224,9 @@ def change_cache(folder, **fields):
     (dict(layers=[-3, 2]), "not a span"), (dict(layers=[0, 1.0]), "layers.1 .*valid integer"),
     (dict(num_prefix=10**9), "prefix"), (dict(num_prefix="1"), "prefix"), (dict(has_cls=1), "has_cls"),
     (dict(dtype="object"), "dtype"), (dict(targets="O"), "targets"), (dict(targets=["int64"]), "targets"),
+    (dict(checksums=7), "no checksum for each file"), (dict(checksums="00"), "no checksum for each file"),
+    (dict(checksums=[0]*8), "no checksum for each file"), (dict(checksums="zz"*32), "no checksum for each file"),
+    (dict(checksums="0"*64), "is not the one"), (dict(augmented=1), "augmented"), (dict(owner=3), "owner"),
     (dict(fingerprint=3), "fingerprint .*valid string"), ({"evil\nkey": 1}, "evil key")])
 def test_a_cache_that_is_larger_than_its_files(tmp_path, fields, sentence):
     folder = make_cache(tmp_path/"cache")

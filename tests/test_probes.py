@@ -94,7 +94,7 @@ def test_a_probe_leaves_the_backbone_alone(augment):
     seed_everything(0)
     backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
     model = RaptorBackbone(backbone, Raptor.create(Phases((2, 6)), backbone.dim, backbone.num_heads))
-    data = load_dataset("digit_scenes", "train", "segmentation", limit=64, train_transform=False)
+    data = load_dataset("digit_scenes", "train", "segmentation", limit=64, augment=False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     # the parameters of a new Raptor require gradients: the loop must freeze the model that it is given
     config = ProbeConfig(epochs=1, batch_size=32, lr=0.1, augment=augment, log_every=1)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'HomeOption', 'DISTRIBUTIONS', 'reproduce_command', 'run_command', 'page_command',
-           'collect_command', 'cache_command', 'import_command', 'presets_command', 'doctor_command', 'doctor', 'main']
+           'collect_command', 'cache_command', 'import_command', 'presets_command', 'doctor_command', 'check_caches',
+           'doctor', 'main']
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #a31e00fb
 import json
@@ -171,9 +172,25 @@ def presets_command(schema:Annotated[bool, typer.Option("--schema", help="Print 
               f"{costs(preset)}")
 
 @app.command("doctor")
-def doctor_command(home:HomeOption=None):
+def doctor_command(home:HomeOption=None,
+    deep:Annotated[bool, typer.Option("--deep", help="Read every cache of the studies; name what is damaged.")]=False,
+):
     """Report installed versions, devices and paths, and what each preset needs."""
     for label, value in doctor(home): print(f"{label:22}{value}")
+    faults = 0
+    for path, found in check_caches(home) if deep else ():
+        print(f"{'cache':22}{path} (intact)" if not found else "\n".join(f"{'cache':22}{f}" for f in found), flush=True)
+        faults += len(found)
+    if faults: raise RaptorError(f"the caches have the {faults} faults above; run `raptor cache --preset NAME` for the "
+                                 "study of each, which writes again what is damaged and nothing else.")
+
+def check_caches(home:str|Path|None=None, # root of all studies
+): # yields the folder of each study's cache, and one sentence for each file that is missing or damaged
+    "Read the caches of all studies and compare every file with its checksum."
+    from raptor.trajectories.cache import cache_faults
+    for path in sorted(home_root(home).glob("*/activations")):
+        try: yield path, cache_faults(path)
+        except RaptorError as e: yield path, [str(e)]
 
 DISTRIBUTIONS = "raptor-vit torch torchvision timm accelerate zarr papermill execnb snakemake nbdev".split()
 

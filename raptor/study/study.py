@@ -16,6 +16,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import RaptorError, atomic_path, data_root, home_root, mixed_precision, read_json, run_record
+from ..data.load import DATASETS, load_dataset
 from .controls import control_runs
 from .presets import DataSpec, Preset, TeacherSpec, all_runs, load_preset, preset_path
 from .settings import Count, make_config, validated
@@ -89,11 +90,10 @@ class Study:
         model:str="teacher", # whose normalisation the images get
         **kwargs, # passed to `load_dataset`
     ): # Dataset
-        "A split of the study's data; images are augmented only with `train_transform=True`."
-        from raptor.data.load import load_dataset
+        "A split of the study's data; images are augmented only with `augment=True`."
         spec = spec or self.preset.data
         names, limits = {"train": spec.split, "test": spec.test_split}, {"train": spec.limit, "test": spec.test_limit}
-        settings = {"train_transform": False, "size": _pair(spec.size), "limit": limits.get(split),
+        settings = {"augment": False, "size": _pair(spec.size), "limit": limits.get(split),
                     "on_error": spec.on_error, **self.normalisation(model)} | kwargs
         return load_dataset(spec.name, names.get(split, split), task, **settings)
 
@@ -112,7 +112,9 @@ class Study:
             raise RaptorError(f"{own} does not exist; run the notebook train_teacher first.")
         if spec.pretrained or weights or spec.train is not None:
             kwargs |= {"pretrained": spec.pretrained and weights is None, "weights": weights, "img_size": size}
-            return Backbone.create(spec.name, **kwargs)
+            backbone = Backbone.create(spec.name, **kwargs)
+            if spec.train is not None: backbone.mean, backbone.std = self.normalisation().values() # for its training
+            return backbone
         with torch.random.fork_rng([]): # the same random weights in every run, at any image size
             torch.manual_seed(self.preset.seeds["teacher"])
             backbone = Backbone.create(spec.name, pretrained=False, img_size=_pair(spec.img_size), **kwargs)
@@ -175,13 +177,14 @@ def weights_file(name:str|Path, # a path, absolute or below the data root, or ht
 
 @patch
 def normalisation(self:Study, model:str="teacher", # teacher, a Raptor, or an extra model of the preset
-) -> dict: # mean and std, three numbers each; {} for the dataset's own
-    "How images are normalised for a model."
-    spec = self._spec(model)
-    if spec.train is not None: return {}
+) -> dict: # mean and std, three numbers each
+    "How images are normalised for a model: as it was trained, or else as the study's data are."
+    spec, own = self._spec(model), DATASETS[self.preset.data.name.partition(":")[0]]
+    if spec.train is not None: return {"mean": own.mean, "std": own.std}
     from raptor.teacher.backbone import timm
     config = timm.get_pretrained_cfg(spec.name) if ":" not in spec.name else None # a hub's is known by its model
-    known = timm.data.resolve_data_config(pretrained_cfg=config.to_dict()) if config else vars(self.teacher(spec))
+    if config is None: return {k: tuple(getattr(self.teacher(spec), k)) for k in ("mean", "std")}
+    known = timm.data.resolve_data_config(pretrained_cfg=config.to_dict())
     return {k: tuple(known[k]) for k in ("mean", "std")}
 @patch
 def official_head(self:Study, model:str="teacher", # teacher, a Raptor, or an extra model of the preset
@@ -222,11 +225,12 @@ def cache_estimate(self:Study, sample:int=64, # images to measure with
 
 @patch
 def cache(self:Study): # CachedTrajectories
-    "Write the trajectories of the training images to the study's folder, or resume writing them."
+    "Write the trajectories of the training images to the study's folder, complete them, or mend what is damaged."
     from raptor.trajectories.live import write_cache
     live, spec = self._live(), self.preset.activations
     settings = dict(dtype=spec.dtype, chunk_images=spec.chunk_images, workers=live.workers, autocast=live.autocast)
-    return write_cache(live.backbone, live.dataset, self.folder/"activations", **settings)
+    owner = f"the study {self.name}" # its own cache is replaced when the teacher was trained again
+    return write_cache(live.backbone, live.dataset, self.folder/"activations", owner=owner, **settings)
 
 # %% ../../nbs/api/study/04_study.ipynb #2c5d8570
 @patch
