@@ -152,7 +152,8 @@ def means(self:Trainer) -> dict: # {name: mean since the previous row, over all 
 def check_weights(self:Trainer):
     "`RaptorError` unless all weights and moments are finite, also after the last update."
     if name := first_not_finite(checkpoint_tensors(self.objective, self.optimizer.optimizer)):
-        raise RaptorError(f"{name} is not finite at step {self.done}; lower lr, or look for bad data.")
+        weight = name.partition("/")[2] # or one of its moments
+        raise RaptorError(f"the weight {weight} is not finite at step {self.done}; lower lr, or look for bad data.")
 
 @patch
 def close_row(self:Trainer):
