@@ -16,14 +16,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from raptor.core import RaptorError
-from raptor.model import hub, tensors
+from raptor.model import hub
 from raptor.model.as_backbone import RaptorBackbone
 from raptor.model.raptor import Raptor
 from raptor.model.block import (
     BlockConfig, RecurrentBlock, attend, block_flops, flop_matched_hidden, load_block, save_block
 )
-from raptor.model.tensors import NOTE, fill, read_note, weights_digest, write_tensors
+from raptor.model.tensors import fill, read_note, weights_digest, write_tensors
 from raptor.phases import FragmentedPhases, Phases
+from raptor.teacher import stored
+from raptor.teacher.stored import NOTE
 
 
 def awake(module):
@@ -383,7 +385,7 @@ def test_an_interrupted_save_leaves_the_old_files(saved, monkeypatch):
     def breaks(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
-    monkeypatch.setattr(tensors, "save_file", breaks)
+    monkeypatch.setattr(stored, "save_file", breaks)
     with pytest.raises(OSError): awake(Raptor.create(Phases((3,)), 8, 2)).save_pretrained(folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
@@ -443,15 +445,15 @@ def lie(name, **entry):
 
 GAMMA = "blocks.0.gamma1"
 @pytest.mark.parametrize("damage,sentence", [
-    *((lambda raw, n=n: raw[:n], "cannot be read") for n in (-1, 100, 4, 0)),
-    (lambda raw: raw + b"\0", "cannot be read"), (lambda raw: b"\x80\x02]q\0." + raw, "cannot be read"),
-    (lambda raw: struct.pack("<Q", 2**62) + raw[8:], "cannot be read"),
-    (lambda raw: with_header(raw, lie(GAMMA, shape=[10**9])), "cannot be read"),
-    (lambda raw: with_header(raw, lie(GAMMA, shape=[2**63])), "cannot be read"),
+    *((lambda raw, n=n: raw[:n], "is damaged") for n in (-1, 100, 4, 0)),
+    (lambda raw: raw + b"\0", "is damaged"), (lambda raw: b"\x80\x02]q\0." + raw, "is damaged"),
+    (lambda raw: struct.pack("<Q", 2**62) + raw[8:], "is damaged"),
+    (lambda raw: with_header(raw, lie(GAMMA, shape=[10**9])), "is damaged"),
+    (lambda raw: with_header(raw, lie(GAMMA, shape=[2**63])), "is damaged"),
     (lambda raw: with_header(raw, lie(GAMMA, shape=[4, 2])), r"shape \(4, 2\) for"),
     (lambda raw: with_header(raw, lie(GAMMA, dtype="I32")), "as I32"),
-    (lambda raw: with_header(raw, lie(GAMMA, dtype="F64")), "cannot be read"),
-    (lambda raw: with_header(raw, lie(GAMMA, data_offsets=[0, 2**40])), "cannot be read"),
+    (lambda raw: with_header(raw, lie(GAMMA, dtype="F64")), "is damaged"),
+    (lambda raw: with_header(raw, lie(GAMMA, data_offsets=[0, 2**40])), "is damaged"),
     (lambda raw: with_header(raw, lambda h: h.update({"blocks.9.x": h.pop(GAMMA)})), f"hold nothing for {GAMMA}"),
     (lambda raw: with_header(raw, lambda h: h.pop("__metadata__")), "no note"),
     (lambda raw: with_header(raw, lambda h: h["__metadata__"].update(raptor="{")), "no note"),
@@ -492,6 +494,63 @@ def test_files_of_earlier_versions_have_no_digest(saved):
         if readable: assert weights_digest(Raptor.from_pretrained(folder)) == weights_digest(raptor)
         else:
             with pytest.raises(RaptorError, match="differ from the digest"): Raptor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(saved, value, tmp_path):
+    raptor, folder = saved
+    path = folder/"model.safetensors"
+    state, note = load_file(path), {k: v for k, v in read_note(path).items() if k != "digest"}
+    state["blocks.1.mlp.fc2.weight"][3, 4] = value
+    save_file(state, path, {NOTE: json.dumps(note)}) # as another program would write it
+    with pytest.raises(RaptorError, match=r"model.safetensors is damaged \(its tensor blocks.1.mlp.fc2.weight is not"):
+        Raptor.from_pretrained(folder)
+    with torch.no_grad(): raptor.blocks[0].gamma1[2] = value
+    for write in (lambda: raptor.save_pretrained(tmp_path/"r"),
+                  lambda: save_block(tmp_path/"b.safetensors", raptor.blocks[0], (0, 1))):
+        with pytest.raises(RaptorError, match="gamma1 is not finite"): write()
+    assert not list(tmp_path.rglob("[rb]*.safetensors"))
+
+
+def tie(raptor): raptor.blocks[1].qkv.weight = raptor.blocks[0].qkv.weight; return raptor
+def share(raptor): raptor.blocks[1].qkv.weight.data = raptor.blocks[0].qkv.weight.data; return raptor
+
+@pytest.mark.parametrize("how", [tie, share])
+def test_blocks_that_share_a_weight_are_refused_or_stored_one_by_one(how, tmp_path):
+    raptor = how(awake(Raptor.create(Phases((1, 3)), 8, 2)))
+    with pytest.raises(RaptorError, match="blocks 1 and 2 share the weight qkv.weight"): Raptor(raptor.blocks, Phases((1, 3)))
+    again = Raptor.from_pretrained(raptor.save_pretrained(tmp_path))
+    assert weights_digest(again) == weights_digest(raptor) and again.check_blocks() is None
+
+
+def test_one_weight_under_two_names_of_a_block_is_stored_twice(tmp_path):
+    block = awake(RecurrentBlock(8, 2))
+    block.norm2.weight = block.norm1.weight
+    again, _ = load_block(save_block(tmp_path/"b.safetensors", block, (0, 2)))
+    assert torch.equal(again.norm2.weight, block.norm1.weight)
+
+
+def learned(span=None, trajectories=None):
+    block = RecurrentBlock(8, 2)
+    block.span, block.trained_on = span, trajectories
+    return block
+
+@pytest.mark.parametrize("blocks,sentence", [
+    ([learned((0, 2)), learned((2, 3))], None), ([learned(), learned((2, 3), "a")], None),
+    ([learned(None, "a"), learned(None, "a")], None),
+    ([learned((2, 3)), learned((0, 2))], r"phase \(0, 2\) learned the states of \(2, 3\)"),
+    ([learned((0, 1)), learned()], r"learned the states of \(0, 1\)"),
+    ([learned(None, "b"), learned(None, "a")], r"different trajectories \(a, b\)")])
+def test_blocks_are_put_together_as_they_were_trained(blocks, sentence, tmp_path):
+    if sentence:
+        with pytest.raises(RaptorError, match=sentence): Raptor(blocks, Phases((2, 3)))
+        return
+    raptor = Raptor(blocks, Phases((2, 3)))
+    again = Raptor.from_pretrained(raptor.save_pretrained(tmp_path))
+    assert again.trained_on == raptor.trained_on == next((b.trained_on for b in blocks if b.trained_on), None)
+    save_block(tmp_path/"b.safetensors", blocks[1], (2, 3))
+    block, span = load_block(tmp_path/"b.safetensors")
+    assert (block.trained_on, block.span, span) == (blocks[1].trained_on, (2, 3), (2, 3))
 
 
 @pytest.mark.parametrize("change", [

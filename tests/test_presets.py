@@ -1,5 +1,6 @@
 """Presets are data: strict to read, and the list of runs follows from them."""
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -52,8 +53,8 @@ def test_every_preset_that_ships_is_whole(name):
 
 
 @pytest.mark.parametrize("cls,kind,left_out", [
-    (FitConfig, FitSettings, {"seed"}), (TrainConfig, TrainSettings, {"seed"}),
-    (ProbeConfig, ProbeSettings, {"seed", "steps", "eval_every"})])
+    (FitConfig, FitSettings, {"seed", "stale"}), (TrainConfig, TrainSettings, {"seed", "stale"}),
+    (ProbeConfig, ProbeSettings, {"seed", "stale", "steps", "eval_every"})])
 def test_the_settings_are_those_of_the_classes(cls, kind, left_out):
     "They are repeated as data, since the classes need torch; every default is in range."
     values = {f.name: f.default for f in fields(cls) if f.name not in left_out}
@@ -307,6 +308,14 @@ def test_ends_are_unknown_until_they_are_found(tmp_path):
     (study.folder/"phases").mkdir(parents=True)
     (study.folder/"phases"/"phases.json").write_text('{"ends": {"2": [2, 6]}}')
     assert study.known_ends == study.ends == {2: (2, 6)} and ("block", "0-2-r0") in study.runs
+    (study.folder/"phases"/"phases.json").write_text('{"ends": {"2": ["$(touch X)", 6]}}')
+    with pytest.raises(RaptorError, match="phases.json .* run find_phases again"): study.runs
+
+
+def test_every_wildcard_of_a_shell_line_is_quoted():
+    lines = [line for line in (paper_root()/"Snakefile").read_text().splitlines() if "shell:" in line]
+    used = [name for line in lines for name in re.findall(r"\{(wildcards[^}]*)\}", line)]
+    assert len(used) >= 5 and all(name.endswith(":q") for name in used)
 
 
 # a study that is opened once -----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from ..core import RaptorError
+from ..core import RaptorError, open_regular
 from ..phases import Phases
 from .block import MAX_DEPTH, BlockConfig, RecurrentBlock, block_config, check_count, empty_block
 from .conditioning import SCALING_WIDTH
@@ -121,7 +121,7 @@ def read_pickle(path:str|Path, # a file of `torch.save`
 ) -> tuple[dict[str, Tensor], list]: # as from `flatten`; the tensors are views of the file
     "Read a file of `torch.save` without running it; raises `RaptorError` if it holds anything else."
     path = Path(path)
-    if not path.is_file(): raise RaptorError(f"the checkpoint {path} does not exist; check the path.")
+    with open_regular(path): pass # there, and readable
     try: return _load(path, frozenset(classes))
     except RaptorError as e: raise RaptorError(f"the checkpoint {path} cannot be imported: {e}") from e
     except Exception as e: # torch, pickletools and zipfile raise many kinds for a file made by hand

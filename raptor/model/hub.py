@@ -128,6 +128,11 @@ class HubMixin(PyTorchModelHubMixin):
         phases = {"assignment": list(self.phases.assignment)} if ends is None else {"ends": list(ends)}
         return {"format": FORMAT, "phases": phases, "blocks": [asdict(block.config) for block in self.blocks]}
 
+    @property
+    def trained_on(self) -> str|None: # None: unknown, or not trained
+        "The fingerprint of the trajectories that the blocks learned."
+        return next((block.trained_on for block in self.blocks if block.trained_on), None)
+
     def save_pretrained(self, folder:str|Path, # created if it is missing
         run_record:dict|None=None, # of `raptor.core.run_record`, for the card
         metrics:dict|None=None, # name -> value, for the card
@@ -142,7 +147,8 @@ class HubMixin(PyTorchModelHubMixin):
         return Path(folder)
 
     def _save_pretrained(self, folder):
-        write_tensors(folder/"model.safetensors", self, {"config": fingerprint(self.config)})
+        note = {"config": fingerprint(self.config), "trained_on": self.trained_on}
+        write_tensors(folder/"model.safetensors", self, note)
         write_json(folder/"config.json", self.config)
 
     @classmethod
@@ -159,8 +165,10 @@ class HubMixin(PyTorchModelHubMixin):
         values, blocks, phases = read_config(_find(model_id, "config.json", **download))
         model, weights = cls(blocks, phases), _find(model_id, "model.safetensors", **download)
         fill(model, weights)
-        if read_note(weights).get("config") == fingerprint(values): return model
-        raise RaptorError(f"{weights} was saved with another config.json; copy the folder again.")
+        if (note := read_note(weights)).get("config") != fingerprint(values):
+            raise RaptorError(f"{weights} was saved with another config.json; copy the folder again.")
+        for block in blocks: block.trained_on = note.get("trained_on")
+        return model
 
     def push_to_hub(self, repo_id:str, # "owner/name"; the repository is created if it is missing
         run_record:dict|None=None, # of `raptor.core.run_record`, for the card

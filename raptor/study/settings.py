@@ -122,7 +122,8 @@ def make_config(cls, # FitConfig, TrainConfig or ProbeConfig
     settings:dict, # its fields
     where:str, # where they stand, for the sentence
 ): # an instance of `cls`
-    "A training configuration; raises `RaptorError` for settings that a preset could not hold either."
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k != "seed"}
+    "A training configuration of a study; raises `RaptorError` for settings that a preset could not hold either."
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in ("seed", "stale")}
     checked = validated(SETTINGS[cls.__name__], plain, where) | {k: v for k, v in settings.items() if k == "seed"}
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in checked.items()})
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in checked.items()}
+    return cls(**settings, stale="replace") # after an edit of the preset its runs start afresh

@@ -15,8 +15,9 @@ from urllib.parse import urlparse
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import RaptorError, atomic_path, data_root, home_root, mixed_precision, read_json, run_record
+from ..core import RaptorError, atomic_path, data_root, home_root, mixed_precision, run_record
 from ..data.load import DATASETS, load_dataset
+from ..phases import read_phases
 from .controls import control_runs
 from .presets import DataSpec, Preset, TeacherSpec, all_runs, load_preset, preset_path
 from .settings import Count, make_config, validated
@@ -54,7 +55,7 @@ class Study:
     def known_ends(self) -> dict|None: # {k: ends}; None until they are known
         "The segmentations: fixed by the preset, or found by `find_phases`."
         path, ends = self.folder/"phases"/"phases.json", self.preset.phases.ends
-        if ends is None and path.exists(): ends = read_json(path)["ends"]
+        if ends is None and path.exists(): ends = read_phases(path)
         return ends and {int(k): tuple(e) for k, e in ends.items()}
 
     @property
