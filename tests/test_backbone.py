@@ -152,7 +152,8 @@ def test_a_non_square_position_embedding_is_resampled_from_its_own_grid(tmp_path
     rows = torch.cat([torch.zeros(5), torch.arange(4.).repeat_interleave(9)])[None, :, None]
     with torch.no_grad(): wide.model.pos_embed.copy_(rows.expand_as(wide.model.pos_embed))
     path = wide.save(tmp_path/"w.safetensors")
-    square = Backbone.create("vit_nano_patch4_reg4_24", weights=path)
+    assert Backbone.create("vit_nano_patch4_reg4_24", weights=path).img_size == (16, 36) # the size that it was saved at
+    square = Backbone.create("vit_nano_patch4_reg4_24", weights=path, img_size=24)
     rows = square.model.pos_embed[0, 5:, 0].view(6, 6)
     assert torch.allclose(rows, rows[:, :1].expand(6, 6), atol=1e-5)
     assert (rows[1:, 0] > rows[:-1, 0]).all() # still a gradient from top to bottom

@@ -8,100 +8,22 @@ __all__ = ['FrozenViT', 'Backbone']
 # %% ../../nbs/api/teacher/03_backbone.ipynb #c085af81
 import hashlib
 import json
-import warnings
+import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-with warnings.catch_warnings(): # huggingface_hub's tqdm warns in a notebook without ipywidgets
-    warnings.filterwarnings("ignore", message="IProgress not found")
-    import timm
 import torch
 from fastcore.basics import patch
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
-from timm.layers import resample_abs_pos_embed, to_2tuple
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
-from ..core import RaptorError, atomic_path, check_name
+from ..core import RaptorError, atomic_path
 from ..core import fingerprint as hash_of
-from .embedded import model_names
-from .weights import error_clause, read_weights
-
-# %% ../../nbs/api/teacher/03_backbone.ipynb #4bad0230
-_trunk = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "dist_token", "norm_pre.", "blocks.", "rope.",
-          "norm.", "fc_norm.")
-
-def _is_trunk(key, model):
-    if key.startswith("fc_norm."): return isinstance(model.norm, nn.Identity) # otherwise it belongs to the head
-    return key.startswith(_trunk)
-
-def _translate(model, state, notes):
-    if "grid" not in notes:
-        if isinstance(model, eva.Eva): return eva.checkpoint_filter_fn(state, model)
-        return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
-    rows, columns = json.loads(notes["grid"])
-    old, new = (rows, columns), tuple(model.patch_embed.grid_size)
-    if old != new and getattr(model, "pos_embed", None) is not None:
-        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], new, old, num_prefix_tokens=prefix)
-    return state
-
-def _load(model, path):
-    "Fill the trunk of `model` from `path`, and its head too if the file has one that fits."
-    state, notes = read_weights(path)
-    try: state = _translate(model, state, notes)
-    except Exception as e:
-        raise RaptorError(f"the weights {path} do not fit {type(model).__name__}: {error_clause(e)}; "
-                          "load them into the model that they were made for.") from e
-    have = model.state_dict()
-    fits = {k: v for k, v in state.items() if k in have and v.shape == have[k].shape}
-    for what, names in (("lack", have.keys() - state.keys()), ("have too many:", state.keys() - have.keys()),
-                        ("have another shape in", have.keys() & state.keys() - fits.keys())):
-        wrong = [k for k in {**have, **state} if k in names and _is_trunk(k, model)]
-        if wrong: raise RaptorError(f"the weights {path} do not fit the model: they {what} {', '.join(wrong[:3])}"
-                                    f"{' ...' if len(wrong) > 3 else ''}; name the model that they were made for.")
-    model.load_state_dict(fits, strict=False)
-
-# %% ../../nbs/api/teacher/03_backbone.ipynb #bbe2f72d
-def _check_plain(model, name):
-    "Raise `RaptorError` unless the blocks of `model` map (B, N, D) to (B, N, D), given the state and the grid alone."
-    kind = type(model).__name__
-    if not hasattr(model, "blocks"): why = "it is convolutional or hierarchical, so its states change shape with depth"
-    elif not isinstance(model, (vision_transformer.VisionTransformer, eva.Eva)):
-        why = "its blocks need more than the state (windows, relative positions, several stages or packed sequences)"
-    elif type(model.patch_embed).__name__ == "HybridEmbed":
-        why = "its patch embedding is a deep convolutional network, so state 0 is not an embedding"
-    else: return
-    raise RaptorError(f"{name} ({kind}) cannot be a backbone: {why}; "
-                      "choose a plain vision transformer such as vit_small_patch14_reg4_dinov2.")
-
-def _check_name(name):
-    "Refuse an unsupported model before its weights are downloaded: a model without storage costs milliseconds."
-    if ":" in name: return # a model on a hub, whose class is known only after the download
-    check_name(name.split(".")[0], model_names(), "timm model")
-    try:
-        with torch.device("meta"): shell = timm.create_model(name.split(".")[0])
-    except Exception: return # cannot be built without storage: the real model is checked
-    _check_plain(shell, name)
-
-def _build(name, pretrained, weights, img_size, timm_kwargs):
-    "Create the timm model and load its weights; every failure is one sentence."
-    _check_name(name)
-    if img_size is not None: timm_kwargs = {"img_size": to_2tuple(img_size), **timm_kwargs}
-    try: model = timm.create_model(name, pretrained=pretrained and weights is None, **timm_kwargs)
-    except (TypeError, AssertionError) as e:
-        raise RaptorError(f"timm cannot create {name} with {timm_kwargs}: {' '.join(str(e).split())}.") from e
-    except Exception as e:
-        if not pretrained or weights is not None: raise
-        raise RaptorError(f"the pretrained weights of {name} could not be downloaded ({type(e).__name__}); "
-                          "pass weights=PATH, or pretrained=False for random weights.") from e
-    _check_plain(model, name)
-    size, patch_size = tuple(model.patch_embed.img_size), tuple(model.patch_embed.patch_size)
-    if any(s % p for s, p in zip(size, patch_size)):
-        raise RaptorError(f"img_size {size} is not a multiple of the patch size {patch_size} of {name}.")
-    if weights is not None: _load(model, weights)
-    return model
+from .models import build_model, check_plain, is_trunk, unwrapped
+from .weights import tensors_digest
 
 # %% ../../nbs/api/teacher/03_backbone.ipynb #75fdca8c
 def _num_heads(model): return next(m.num_heads for m in model.blocks.modules() if hasattr(m, "num_heads"))
@@ -109,6 +31,7 @@ def _num_heads(model): return next(m.num_heads for m in model.blocks.modules() i
 class FrozenViT(nn.Module):
     "A timm model and its sizes, frozen until `unfreeze`: no gradients, and evaluation mode even after `.train()`."
     model: nn.Module
+    source: str
     frozen = False
     depth = property(lambda self: len(self.model.blocks), doc="L, the number of layers")
     dim = property(lambda self: self.model.embed_dim, doc="D, the width of a token")
@@ -128,7 +51,7 @@ class FrozenViT(nn.Module):
 
     def unfreeze(self): # itself, in training mode
         "Let an outer loop train the module, with stochastic depth active in training mode."
-        self.frozen = False
+        self.frozen, self.source = False, "trained"
         return self.requires_grad_(True).train(True)
 
     def train(self, mode:bool=True): # itself
@@ -144,41 +67,93 @@ def _rotary(model, layers):
     table = model.rope.get_embed() if fixed else model.rope.get_embed(shape=list(model.patch_embed.grid_size))
     return [{"rope": table[i] if getattr(model, "rope_mixed", False) else table} for i in layers]
 
+# %% ../../nbs/api/teacher/03_backbone.ipynb #e5118151
+@torch.no_grad()
+def _check_forward(backbone):
+    "Refuse a model whose own forward pass is not embedding, blocks and norm in turn."
+    model, weight = backbone.model, next(backbone.parameters())
+    changed = {"forward", "forward_features"} & vars(model).keys() # on the instance
+    usual = eva.Eva.forward if isinstance(model, eva.Eva) else vision_transformer.VisionTransformer.forward
+    if weight.is_meta or type(model).__module__.startswith(("timm.", "raptor.")) and not changed: return
+    size = model.patch_embed.proj.in_channels, *backbone.img_size
+    image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(weight)
+    features = model.forward_features(image)
+    last = backbone.advance(backbone.embed(image), 0, backbone.depth)
+    compared = {"forward_features": (model.norm(last), features)}
+    if changed or type(model).forward is not usual: compared["forward"] = model.forward_head(features), model(image)
+    for what, (ours, theirs) in compared.items():
+        error = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max().clamp(min=1e-12)
+        if not error < torch.finfo(weight.dtype).eps**0.5:
+            raise RaptorError(f"{backbone.name} ({type(model).__name__}) cannot be a backbone: its {what} does more "
+                              f"than embedding, blocks and norm, and differs from them by {error:.2g} on an image; "
+                              "move what it adds into the embedding or the blocks.")
+
+def _three(values, what):
+    "Three finite numbers, or one for all channels."
+    try: found = 3 * (float(values),) if isinstance(values, (int, float)) else tuple(float(v) for v in values)
+    except (TypeError, ValueError): found = ()
+    if len(found) == 3 and all(map(math.isfinite, found)) and (what == "mean" or min(found) > 0): return found
+    raise RaptorError(f"{what} is {values!r}, and must be three finite numbers{' above 0' * (what == 'std')}.")
+
 # %% ../../nbs/api/teacher/03_backbone.ipynb #d1564912
 class Backbone(FrozenViT):
     "A plain, frozen vision transformer of timm, with access to the state after any layer."
-    fingerprint: str # the two are defined below
+    fingerprint: str # these are defined below
     save: Callable[..., Path]
+    identity: Callable[..., dict]
+    source = "given" # where the weights are from: given | pretrained | file | random | trained
 
-    def __init__(self, model:nn.Module, # a `VisionTransformer` or `Eva` of timm
+    def __init__(self, model:nn.Module, # a `VisionTransformer` or `Eva` of timm, perhaps compiled or in `DataParallel`
         name:str, # its timm name; part of the fingerprint
         settings:dict|None=None, # further timm arguments that it was created with; part of the fingerprint
     ):
         super().__init__()
-        _check_plain(model, name)
-        self.model, self.name, self.settings = model, name, dict(settings or {})
-        data = resolve_model_data_config(model)
-        self.mean, self.std = tuple(data["mean"]), tuple(data["std"])
+        self.model, self.name, self.settings = unwrapped(model), name, dict(settings or {})
+        check_plain(self.model, name)
+        self._prepare(**{k: resolve_model_data_config(self.model)[k] for k in ("mean", "std")})
         self.freeze()
+        _check_forward(self)
 
     @classmethod
-    def create(cls, name:str, # any timm name, with or without a pretrained tag, e.g. "vit_base_patch14_reg4_dinov2"
+    def create(cls, name:str, # any timm name; a tag as in "vit_base_patch16_224.mae" chooses weights and normalisation
         pretrained:bool=True, # download the weights from timm's hub; ignored if `weights` is given
         weights:str|Path|None=None, # a safetensors or official .pth file to read instead
-        img_size:int|tuple[int, int]|None=None, # (height, width), multiples of the patch; None: the model's own
+        img_size:int|tuple[int, int]|None=None, # (height, width), multiples of the patch; None: as saved, or its own
+        mean:float|tuple[float, float, float]|None=None, # of the images; None: as saved with the weights, or its own
+        std:float|tuple[float, float, float]|None=None, # likewise
         **timm_kwargs, # passed to `timm.create_model`, e.g. drop_path_rate=0.1
     ) -> "Backbone":
         "Create a frozen backbone; raises `RaptorError` for an unknown or unsupported model and for unreadable weights."
-        return cls(_build(name, pretrained, weights, img_size, timm_kwargs), name, timm_kwargs)
+        model, saved = build_model(name, pretrained, weights, img_size, timm_kwargs)
+        backbone = cls(model, name, timm_kwargs)
+        given = {"mean": saved.get("mean") if mean is None else mean, "std": saved.get("std") if std is None else std}
+        backbone._prepare(**{k: v for k, v in given.items() if v is not None})
+        backbone.source = "file" if weights is not None else "pretrained" if pretrained else "random"
+        return backbone
 
-    def embed(self, images:Tensor, # (B, 3, H, W), normalised with `mean` and `std`
+    def _prepare(self, **given): # mean, std
+        "Note how images are prepared where timm looks for it."
+        size = {"input_size": (self.model.patch_embed.proj.in_channels, *self.img_size)}
+        known = {k: _three(v, k) for k, v in given.items()}
+        self.model.pretrained_cfg = {**(getattr(self.model, "pretrained_cfg", None) or {}), **size, **known}
+        self.model.default_cfg = self.model.pretrained_cfg # its former name
+
+    mean = property(lambda self: self.model.pretrained_cfg["mean"], lambda self, v: self._prepare(mean=v),
+                    doc="of the images that the model was trained on, one number per channel")
+    std = property(lambda self: self.model.pretrained_cfg["std"], lambda self, v: self._prepare(std=v),
+                   doc="their standard deviation, one number per channel")
+
+    def embed(self, images:Tensor, # (B, 3, H, W), normalised with `mean` and `std`; cast to the type of the weights
     ) -> Tensor: # (B, N, D), state 0
         "Patch, position, class and register tokens: the state before the first block."
-        model, (height, width) = self.model, self.img_size
-        if images.ndim != 4 or images.shape[-2:] != (height, width):
-            raise RaptorError(f"{self.name} takes images (B, 3, {height}, {width}) and got {tuple(images.shape)}; "
-                              f"create the backbone with img_size={tuple(images.shape[-2:])}.")
-        state = model._pos_embed(model.patch_embed(images))
+        model, size = self.model, (self.model.patch_embed.proj.in_channels, *self.img_size)
+        if images.shape[1:] != size or not images.is_floating_point():
+            if images.shape[1:] == size: cure = "scale them to floating point and normalise them"
+            elif images.ndim != 4 or images.shape[1] != size[0]: cure = "give it such a batch"
+            else: cure = f"create the backbone with img_size={tuple(images.shape[-2:])}"
+            raise RaptorError(f"{self.name} takes normalised images (B, {', '.join(map(str, size))}) and got "
+                              f"{tuple(images.shape)} of {images.dtype}; {cure}.")
+        state = model._pos_embed(model.patch_embed(images.to(next(self.parameters()).dtype)))
         state = state[0] if isinstance(model, eva.Eva) else model.patch_drop(state) # an `Eva` adds its rotary table
         return model.norm_pre(state)
 
@@ -234,28 +209,42 @@ class Backbone(FrozenViT):
         return state[..., 0, :] if self.has_cls else self.patches(state).mean(-2)
 
 # %% ../../nbs/api/teacher/03_backbone.ipynb #4b9fdaf4
+_without_effect = "num_classes", "cache_dir"
+
 def _bytes(tensor): return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 @patch(as_prop=True)
 def fingerprint(self:Backbone) -> str: # 16 hexadecimal digits
     "A hash of name, settings, image size and every weight of the trunk."
-    state = {k: v for k, v in self.model.state_dict().items() if _is_trunk(k, self.model)}
+    state = {k: v for k, v in self.model.state_dict().items() if is_trunk(k, self.model)}
     mark = tuple((v.data_ptr(), v._version, v.dtype) for v in state.values()) # in-place changes raise the version
     if not self.frozen or self._known[0] != mark:
         digest = hashlib.sha256()
         for key in sorted(state): digest.update(key.encode() + str(state[key].dtype).encode() + _bytes(state[key]))
-        settings = {k: v for k, v in self.settings.items() if "drop" not in k and k != "num_classes"} # no effect here
+        settings = {k: v for k, v in self.settings.items() if "drop" not in k and k not in _without_effect}
         self._known = mark, hash_of([self.name.split(".")[0], self.img_size, settings, digest.hexdigest()])
     return self._known[1]
 
 @patch
+def identity(self:Backbone) -> dict: # JSON-serialisable: name, timm, source, img_size, mean, std, fingerprint, blocks
+    "What it takes to create this backbone again and to know it; `blocks` is a hash that no image size changes."
+    blocks = {k: v for k, v in self.model.state_dict().items() if is_trunk(k, self.model) and "pos_embed" not in k}
+    blocks = tensors_digest({k: v for k, v in blocks.items() if not k.startswith("rope.")})
+    known = {"name": self.name, "timm": json.loads(json.dumps(self.settings, default=str)), "source": self.source,
+             "img_size": list(self.img_size), "mean": list(self.mean), "std": list(self.std)}
+    if re.fullmatch(r"vit_[a-z]+_patch14_dinov2(\..*)?", self.name) and self.grid != (37, 37):
+        known["note"] = "position table resampled as timm does it; Meta's rule differs by about 1 % of state 0"
+    return {**known, "fingerprint": self.fingerprint, "blocks": blocks}
+
+@patch
 def save(self:Backbone, path:str|Path, # destination; its name ends with .safetensors
 ) -> Path: # the destination
-    "Write all weights with their name and grid, atomically; `Backbone.create(name, weights=path)` reads them."
+    "Write all weights, and how images are prepared, atomically; `Backbone.create(name, weights=path)` reads them."
     path = Path(path)
     if path.suffix != ".safetensors":
         raise RaptorError(f"weights are saved as safetensors: name the file {path.with_suffix('.safetensors').name}.")
-    notes = {"format": "pt", "name": self.name, "img_size": json.dumps(self.img_size), "grid": json.dumps(self.grid)}
     tensors = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+    notes = {k: json.dumps(getattr(self, k)) for k in ("img_size", "grid", "mean", "std")}
+    notes |= {"format": "pt", "name": self.name, "digest": tensors_digest(tensors)}
     with atomic_path(path) as t: save_file(tensors, t, notes)
     return path
