@@ -354,10 +354,10 @@ def test_a_raptor_follows_its_teacher_to_another_image_size(tmp_path):
 def test_what_is_no_backbone_and_no_raptor():
     timm = pytest.importorskip("timm")
     backbone = backbone_like()
-    for given, sentence in (
+    for module, sentence in (
         (timm.create_model("vit_nano_patch4_reg4_24"), r"EmbeddedTeacher .* Backbone\(model, name\)"),
         (raptor_of(backbone), "the backbone is a Raptor"), (nn.Linear(2, 2), "the backbone is a Linear")):
-        with pytest.raises(RaptorError, match=sentence): RaptorBackbone(given, raptor_of(backbone))
+        with pytest.raises(RaptorError, match=sentence): RaptorBackbone(module, raptor_of(backbone))
     with pytest.raises(RaptorError, match="the Raptor is a Backbone"): RaptorBackbone(backbone, backbone)
 
 
