@@ -53,7 +53,7 @@ def timm_name(name:str, # as torch.hub, Hugging Face or the papers spell it
         if found := re.fullmatch(pattern, spelt, re.I):
             groups = [_sizes.get(g.lower(), g) if g else "lvd1689m" for g in found.groups()]
             known = ours.format(*(g.replace("-", "_") for g in groups))
-            return known if known.split(".")[0] in model_names() else None
+            return known if timm.is_model(known.split(".")[0]) else None
 
 # %% ../../nbs/api/teacher/02_models.ipynb #19a18318
 def unwrapped(model:nn.Module, # perhaps in `DataParallel`, `DistributedDataParallel` or of `torch.compile`
@@ -90,10 +90,11 @@ def check_architecture(name:str, # what a user gave as timm's name
         raise RaptorError(f"a backbone is created by its timm name and got a {type(name).__name__}; "
                           "a model that exists already becomes one by Backbone(model, name).")
     architecture, _, tag = name.partition(".")
-    ours = architecture in model_names() or name.startswith("hf-hub:timm/")
-    if not ours and (known := timm_name(name)): raise RaptorError(f"{name} is not timm's name; timm calls it {known}.")
+    ours = timm.is_model(architecture)
+    if not ours and not name.startswith("hf-hub:timm/") and (known := timm_name(name)):
+        raise RaptorError(f"{name} is not timm's name; timm calls it {known}.")
     if ":" in name: return # a model on a hub, whose class is known only after the download
-    check_name(architecture, model_names(), "timm model")
+    if not ours: check_name(architecture, model_names(), "timm model")
     try: timm.get_pretrained_cfg(name)
     except RuntimeError:
         tags = {n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")}
