@@ -181,7 +181,8 @@ def normalisation(self:Study, model:str="teacher", # teacher, a Raptor, or an ex
     if spec.train is not None: return {}
     from raptor.teacher.backbone import timm
     config = timm.get_pretrained_cfg(spec.name) if ":" not in spec.name else None # a hub's is known by its model
-    known = timm.data.resolve_data_config(pretrained_cfg=config.to_dict()) if config else vars(self.teacher(spec))
+    if config is None: return {k: tuple(getattr(self.teacher(spec), k)) for k in ("mean", "std")}
+    known = timm.data.resolve_data_config(pretrained_cfg=config.to_dict())
     return {k: tuple(known[k]) for k in ("mean", "std")}
 @patch
 def official_head(self:Study, model:str="teacher", # teacher, a Raptor, or an extra model of the preset

@@ -10,13 +10,16 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+with warnings.catch_warnings(): # huggingface_hub's tqdm warns in a notebook without ipywidgets
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    import timm
 import torch
 from fastcore.basics import patch
 from safetensors.torch import save_file
-from timm.data import resolve_model_data_config
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
@@ -110,7 +113,7 @@ class Backbone(FrozenViT):
         super().__init__()
         self.model, self.name, self.settings = unwrapped(model), name, dict(settings or {})
         check_plain(self.model, name)
-        self._prepare(**{k: resolve_model_data_config(self.model)[k] for k in ("mean", "std")})
+        self._prepare(**{k: timm.data.resolve_model_data_config(self.model)[k] for k in ("mean", "std")})
         self.freeze()
         _check_forward(self)
 
