@@ -19,9 +19,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from raptor.core import RaptorError
+from raptor.data.load import load_dataset
 from raptor.teacher.backbone import Backbone
 from raptor.teacher.models import timm_name
 from raptor.teacher.weights import load_linear_head, read_weights
+from raptor.trajectories.live import LiveTrajectories
 
 TINY = dict(depth=3, embed_dim=48, num_heads=2)
 FAMILIES = { # name -> (image size, settings, has a class token, registers, the norm is applied by forward_features)
@@ -248,6 +250,13 @@ def test_images_are_cast_to_the_type_of_the_weights(name, dtype):
     backbone, images = tiny(name).to(dtype), torch.randn(2, 3, *FAMILIES[name][0])
     states = backbone.trajectory(images)
     assert states.dtype == dtype and torch.equal(states, backbone.trajectory(images.to(dtype)))
+
+
+def test_a_bfloat16_backbone_streams_its_trajectories():
+    backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False).bfloat16()
+    live = LiveTrajectories(backbone, load_dataset("digits", "test", limit=4))
+    images = torch.stack([live.dataset[i]["image"] for i in range(4)])
+    assert torch.equal(live.compute(images), backbone.trajectory(images.bfloat16()))
 
 
 @pytest.mark.parametrize("images, said", [
