@@ -1,6 +1,7 @@
 """The recurrent block, the Raptor, its place as a backbone, and what its files are checked for."""
 import json
 import math
+import os
 import struct
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from raptor.model.tensors import fill, read_note, weights_digest, write_tensors
 from raptor.phases import FragmentedPhases, Phases
 from raptor.teacher import stored
 from raptor.teacher.stored import NOTE
+from raptor.teacher.backbone import Backbone
 
 
 def awake(module):
@@ -270,7 +272,7 @@ def test_intermediates_follow_timm(student):
     [(patches, prefix)] = student.forward_intermediates(
         images, [-1], return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True)
     torch.testing.assert_close(torch.cat([prefix, patches], 1), states[:, 4] + 1)
-    for bad in ([4], 5, 0, [-5], []):
+    for bad in ([4], 5, 0, [-5], [], "all", "3", [1.5], 2.0, ["0"], [None], [[0]]):
         with pytest.raises(RaptorError, match="indices"): student.forward_intermediates(images, bad)
 
 
@@ -312,8 +314,7 @@ def test_fingerprint_of_a_student_follows_its_weights(student):
 
 
 def test_a_student_of_a_real_backbone_has_what_the_backbone_has():
-    create = pytest.importorskip("raptor.teacher.backbone").Backbone.create
-    backbone = create("vit_nano_patch4_reg4_24", pretrained=False)
+    backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
     student = RaptorBackbone(backbone, Raptor.create(Phases((2, 6)), backbone.dim, backbone.num_heads))
     for name in "depth dim num_heads num_prefix num_registers num_tokens has_cls grid img_size mean std".split():
         assert getattr(student, name) == getattr(backbone, name)
@@ -330,6 +331,83 @@ def test_a_student_of_a_real_backbone_has_what_the_backbone_has():
 def test_a_student_of_another_teacher_is_refused():
     for ends, dim, sentence in (((5,), 8, "depth 5 .* depth 4"), ((4,), 16, "dim 16 .* dim 8")):
         with pytest.raises(RaptorError, match=sentence): RaptorBackbone(Teacher(), Raptor.create(Phases(ends), dim, 2))
+
+
+def backbone_like(name="vit_nano_patch4_reg4_24", seed=0, **settings):
+    torch.manual_seed(seed)
+    return Backbone.create(name, pretrained=False, **settings)
+
+def raptor_of(backbone):
+    torch.manual_seed(1)
+    raptor = Raptor.create(Phases((2, backbone.depth)), backbone.dim, backbone.num_heads)
+    raptor.teacher = backbone.identity()
+    return raptor
+
+NANO = dict(depth=6, embed_dim=32, num_heads=2)
+@pytest.mark.parametrize("other, sentence", [
+    (dict(seed=1), "trained on vit_nano_patch4_reg4_24 with fingerprint .* strict=False"), # other random weights
+    (dict(name="vit_tiny_patch16_224", img_size=48, **NANO), "the backbone vit_tiny_patch16_224 has"),
+    (dict(mean=0.157), r"images of mean \[0.5, 0.5, 0.5\]"), (dict(std=0.29), "images of std"),
+    (dict(seed=1, img_size=32), "fingerprint"), (dict(act_layer="relu"), "fingerprint")])
+def test_a_raptor_that_knows_its_teacher_refuses_another(other, sentence):
+    raptor, backbone = raptor_of(backbone_like()), backbone_like(**other)
+    with pytest.raises(RaptorError, match=sentence) as e: RaptorBackbone(backbone, raptor)
+    assert "\n" not in str(e.value) and "Backbone.create('vit_nano_patch4_reg4_24'" in str(e.value)
+    assert RaptorBackbone(backbone, raptor, strict=False).backbone is backbone
+    raptor.teacher = None # an imported Raptor does not know
+    assert RaptorBackbone(backbone, raptor).backbone is backbone
+
+
+def test_a_raptor_follows_its_teacher_to_another_image_size(tmp_path):
+    backbone = backbone_like()
+    larger = Backbone.create(backbone.name, weights=backbone.save(tmp_path/"w.safetensors"), img_size=(32, 48))
+    assert RaptorBackbone(larger, raptor_of(backbone)).grid == (8, 12)
+    with torch.no_grad(): larger.model.blocks[5].mlp.fc2.bias[0] += 1e-3
+    with pytest.raises(RaptorError, match="fingerprint"): RaptorBackbone(larger, raptor_of(backbone))
+
+
+def test_what_is_no_backbone_and_no_raptor():
+    timm = pytest.importorskip("timm")
+    backbone = backbone_like()
+    for module, sentence in (
+        (timm.create_model("vit_nano_patch4_reg4_24"), r"EmbeddedTeacher .* Backbone\(model, name\)"),
+        (raptor_of(backbone), "the backbone is a Raptor"), (nn.Linear(2, 2), "the backbone is a Linear")):
+        with pytest.raises(RaptorError, match=sentence): RaptorBackbone(module, raptor_of(backbone))
+    with pytest.raises(RaptorError, match="the Raptor is a Backbone"): RaptorBackbone(backbone, backbone)
+
+
+def published(tmp_path, kind):
+    "A teacher as it is after training, what a reader of its card has of it, and the lines' stand-ins for his paths."
+    if kind == "embedded": # trained here: its weights are a file, its normalisation that of its images
+        teacher = backbone_like(mean=0.157, std=0.29)
+        with torch.no_grad(): awake(teacher.model)
+        path = teacher.save(tmp_path/"teacher.safetensors")
+        return Backbone.create(teacher.name, weights=path), {"path/to/the/weights/of/the/teacher.safetensors": str(path)}
+    folder = tmp_path/"hub" # in the layout of a hub, with settings of its own
+    folder.mkdir()
+    model = backbone_like("vit_tiny_patch16_224", num_classes=0, **NANO).model
+    save_file(model.state_dict(), folder/"model.safetensors")
+    config = dict(num_classes=0, input_size=[3, 224, 224], mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    (folder/"config.json").write_text(json.dumps(
+        dict(architecture="vit_tiny_patch16_224", num_classes=0, pretrained_cfg=config)))
+    return Backbone.create(f"local-dir:{folder}", img_size=(32, 48), **NANO), {}
+
+@pytest.mark.parametrize("kind", ["embedded", "hub"])
+def test_the_lines_of_the_card_give_the_student_back(tmp_path, kind):
+    teacher, paths = published(tmp_path, kind)
+    raptor = Raptor.create(Phases((2, 6)), teacher.dim, teacher.num_heads, layer_scale=0.5)
+    folder = raptor.save_pretrained(tmp_path/"model", backbone=teacher)
+    card = (folder/"README.md").read_text()
+    lines = card.split("```python\n")[1].split("```")[0]
+    for line, path in {"path/to/this/folder": str(folder), **paths}.items():
+        assert line in lines
+        lines = lines.replace(line, path)
+    found = {"images": torch.randn(2, 3, *teacher.img_size)}
+    exec(lines, found)
+    with torch.no_grad(): expected = teacher.norm(raptor(teacher.embed(found["images"])))
+    assert torch.equal(found["features"], expected)
+    assert (found["model"].mean, found["model"].std) == (teacher.mean, teacher.std)
+    assert f"| fingerprint | {teacher.fingerprint} |" in card and found["raptor"].teacher == teacher.identity()
 
 
 # --- on disk -----------------------------------------------------------------------------------------------------
@@ -396,6 +474,26 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
 
 
+TEACHER = dict(name="vit_nano_patch4_reg4_24", timm={}, source="file", img_size=[24, 24], mean=[.2]*3, std=[.3]*3,
+               fingerprint="0123456789abcdef", blocks="0123456789abcdef")
+
+@pytest.mark.parametrize("changes", [
+    dict(fingerprint="x"), dict(fingerprint=3), dict(name="x"*999), dict(name=None), dict(source="../../x"), dict(mean=[1]),
+    dict(std=["1"]*3), dict(std=[float("nan")]*3), dict(img_size=[24.5, 24]), dict(img_size=[10**9, 1]), dict(timm=[]),
+    dict(evil=1), dict(blocks=...)])
+def test_a_false_teacher_is_refused_in_one_sentence(saved, changes):
+    teacher = {k: v for k, v in {**TEACHER, **changes}.items() if v is not ...}
+    edit_config(saved[1], teacher=teacher)
+    with pytest.raises(RaptorError, match="config.json describes its teacher wrongly") as e:
+        Raptor.from_pretrained(saved[1])
+    assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_a_teacher_of_another_folder_is_noticed(saved):
+    edit_config(saved[1], teacher=TEACHER)
+    with pytest.raises(RaptorError, match="another config.json"): Raptor.from_pretrained(saved[1])
+
+
 BLOCK = dict(dim=8, num_heads=2, mlp="swiglu", hidden=32, layer_scale=1e-5, depth_scaling=True)
 def second(**changes): return dict(blocks=[BLOCK, {**BLOCK, **changes}])
 
@@ -425,7 +523,7 @@ def test_a_false_configuration_is_refused_in_one_sentence(saved, changes, senten
 
 @pytest.mark.parametrize("content,sentence", [
     ("{", "not valid JSON"), ("[" * 200_000, "config.json"), ("[]", "exactly the keys"),
-    (" " * (2**20 + 1), "larger than 1 MiB"), ("\xff", "config.json")])
+    (" " * (2**20 + 1), "at most 1,048,576"), ("\xff", "config.json")])
 def test_a_configuration_that_is_no_json_is_refused(saved, content, sentence):
     (saved[1]/"config.json").write_bytes(content.encode("latin1"))
     with pytest.raises(RaptorError, match=sentence): Raptor.from_pretrained(saved[1])
@@ -468,7 +566,19 @@ def test_damaged_weights_are_refused_in_one_sentence(saved, damage, sentence):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(saved, name):
     (saved[1]/name).unlink()
-    with pytest.raises(RaptorError, match=name): Raptor.from_pretrained(saved[1])
+    with pytest.raises(RaptorError, match=f"has no {name} .* so it is no saved Raptor"):
+        Raptor.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize("make, sentence", [
+    (lambda p: p.mkdir(), "has no config.json .it has nothing."), (lambda p: p.write_text("{}"), "is a file; give the folder"),
+    (lambda p: (p/"blocks").mkdir(parents=True), "has no config.json .it has blocks."),
+    (lambda p: (p.mkdir(), os.mkfifo(p/"config.json")), "config.json is not a regular file"),
+    (lambda p: (p/"config.json").mkdir(parents=True), "config.json is not (readable|a regular file)"),
+    (lambda p: (p.mkdir(), (p/"config.json").symlink_to("/dev/zero")), "config.json is not a regular file")])
+def test_a_wrong_folder_is_called_what_it_is(tmp_path, make, sentence):
+    make(tmp_path/"given")
+    with pytest.raises(RaptorError, match=sentence): Raptor.from_pretrained(tmp_path/"given")
 
 
 @settings(max_examples=60, deadline=None)

@@ -243,8 +243,9 @@ def _stored_ends(attributes, k, depth):
         if not isinstance(value, (list, tuple)) or not value or any(type(v) is not int for v in value): continue
         if re.search(r"count|repeat|iter|steps|times", key) and len(value) == k and sum(value) == depth:
             found.add(tuple(sum(value[:i + 1]) for i in range(k)))
-        if re.search(r"end|bound|split|stop|segment|phase", key):
+        if re.search(r"end|bound|split|stop|segment|phase|threshold", key):
             ends = tuple(value[1:] if value[0] == 0 else value)
+            if "threshold" in key and len(ends) == k - 1: ends = (*ends, depth) # the inner ends alone
             increasing = len(ends) == k and all(a < b for a, b in zip((0, *ends), ends))
             if increasing and (k > 1 or ends[-1] == depth): found.add(ends)
     return found.pop() if len(found) == 1 else None
