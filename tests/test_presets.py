@@ -11,15 +11,14 @@ from pydantic import TypeAdapter
 
 from raptor.core import RaptorError, fingerprint, paper_root, read_json
 from raptor.pipeline import needs
-from raptor.pipeline.needs import check_files, check_models, run_needs
+from raptor.pipeline.needs import check_study, check_models, run_needs
 from raptor.probes.heads import DepthHead
 from raptor.probes.train import ProbeConfig
-from raptor.study.controls import control_runs
-from raptor.study.presets import (
-    SEEDS, STAGES, HeadSettings, all_runs, block_runs, load_preset, preset_names, preset_path, preset_schema,
-    probe_runs, raptor_runs
+from raptor.study.controls import all_runs, block_runs, control_runs, probe_runs, raptor_runs
+from raptor.study.presets import SEEDS, STAGES, load_preset, preset_names, preset_path, preset_schema
+from raptor.study.settings import (
+    FIT_DEFAULTS, PROBE_DEFAULTS, FitSettings, HeadSettings, ProbeSettings, TrainSettings, validated
 )
-from raptor.study.settings import FitSettings, ProbeSettings, TrainSettings, validated
 from raptor.study.study import Study
 from raptor.train.fit import FitConfig
 from raptor.train.stages import TrainConfig
@@ -49,6 +48,11 @@ def test_every_preset_that_ships_is_whole(name):
     for task in preset.probes: assert study.probe_config(task, 7).seed == 7
     if preset.teacher.train: study.teacher_config()
     check_models(preset)
+
+
+def test_the_defaults_of_a_training_are_those_of_the_classes():
+    for cls, defaults in ((FitConfig, FIT_DEFAULTS), (TrainConfig, FIT_DEFAULTS), (ProbeConfig, PROBE_DEFAULTS)):
+        assert {k: getattr(cls, k) for k in defaults} == defaults
 
 
 @pytest.mark.parametrize("cls,kind,left_out", [
@@ -124,7 +128,7 @@ def test_equal_presets_have_equal_fingerprints(tmp_path):
     (lambda v: v["controls"].update(drop_paths=["none"]),
      r"controls: drop_paths\[0\] is 'none'; it must be a valid number"),
     (lambda v: v.update(stage2=[5]), r"stage2 must hold keys and values, not \[5\]"),
-    (lambda v: v["stage1"].update(lr="1e-3"), "stage1: lr is '1e-3'; it must be a valid number"),
+    (lambda v: v["stage1"].update(lr="fast"), "stage1: lr is 'fast'; it must be a valid number"),
     (lambda v: v["stage2"].update(forcing="fre"), "stage2: forcing: unknown value 'fre'; did you mean 'free'"),
     (lambda v: v["last_block"].update(token_weights=[1, 2]),
      "last_block: token_weights is .*; it must have at least 3"),
@@ -184,7 +188,7 @@ def test_an_invalid_preset_gets_a_sentence_with_the_place(tmp_path, change, sent
     ("- a\n- list", r"preset mine.yaml must hold keys and values, not \['a', 'list'\]"),
     ("", "must hold keys and values, not None"), ("just words", "not 'just words'"),
     *((text, "is not valid YAML")
-      for text in ("title: [", "title: {a: b: c}", "{[1]: 2}", "title: 2024-13-45", b"title: \xff"))])
+      for text in ("title: [", "title: {a: b: c}", "{[1]: 2}")), (b"title: \xff", "is not text in UTF-8")])
 def test_a_file_that_is_no_preset_is_one_sentence(tmp_path, text, sentence):
     (tmp_path/"mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RaptorError, match=sentence) as e: load_preset(tmp_path/"mine.yaml")
@@ -204,7 +208,7 @@ def test_seeds_that_are_not_given_are_the_usual_ones(tmp_path):
     (lambda v: v["teacher"].update(name="resnet50"), "mine: teacher: resnet50 .* cannot be a backbone"),
     (lambda v: v["teacher"].update(img_size=25), "mine: teacher: .*not a multiple of the patch size"),
     (lambda v: v["probes"]["depth"].update(img_size=[24, 26]), "mine: teacher: .*not a multiple of the patch size"),
-    (lambda v: v.update(extra_models={"small": {"name": "vit_smal_patch14_dinov2"}}),
+    (lambda v: v.update(extra_models={"small": {"name": "vit_smal_patch14_dinov2", "random": True}}),
      "mine: extra_models: small: unknown timm model 'vit_smal_patch14_dinov2'; did you mean"),
     (lambda v: v["phases"].update(ks=[2, 7]),
      "phases: vit_nano_patch4_reg4_24 has 6 layers, which cannot be divided into k = 7 phases of at least 1"),
@@ -216,12 +220,12 @@ def test_seeds_that_are_not_given_are_the_usual_ones(tmp_path):
      "unknown split of digit_scenes 'tests'; did you mean 'test'"),
 ])
 def test_what_only_torch_can_tell_is_told_before_any_work(tmp_path, change, sentence):
-    with pytest.raises(RaptorError, match=sentence): check_files(Study.open(write(tmp_path, change), tmp_path))
+    with pytest.raises(RaptorError, match=sentence): check_study(Study.open(write(tmp_path, change), tmp_path))
 
 
 def test_more_blocks_than_layers_in_the_sweep_are_left_out(tmp_path):
     preset = load_preset(write(tmp_path, lambda v: v["controls"].update(ks=[1, 9])))
-    check_files(Study.open(preset, tmp_path))
+    check_study(Study.open(preset, tmp_path))
     assert control_runs(preset, {2: (3, 6)})["partitions-r0"].params["ks"] == [1, 2]
 
 
@@ -236,15 +240,14 @@ def test_a_model_on_a_hub_is_built_only_when_it_is_needed(tmp_path, monkeypatch)
 
 def test_models_are_looked_at_once(tmp_path, monkeypatch):
     looked = []
-    monkeypatch.setattr(needs, "check_models", looked.append)
+    monkeypatch.setattr(needs, "check_models", lambda preset: looked.append(preset) or {})
     mine = load_preset(write(tmp_path, lambda v: None))
-    check_files(Study.open("smoke", tmp_path))
+    check_study(Study.open("smoke", tmp_path))
     assert not looked, "it ships with the package"
-    (tmp_path/"mine").mkdir()
-    check_files(Study.open(mine, tmp_path))
-    check_files(Study.open(mine, tmp_path))
+    check_study(Study.open(mine, tmp_path))
+    check_study(Study.open(mine, tmp_path))
     assert looked == [mine], "the study keeps a mark of it"
-    check_files(Study.open(changed(mine, stage2={**mine.stage2, "lr": 1e-4}), tmp_path))
+    check_study(Study.open(changed(mine, stage2={**mine.stage2, "lr": 1e-4}), tmp_path))
     assert len(looked) == 2, "it has changed since"
 
 

@@ -16,9 +16,9 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import RaptorError, atomic_path, data_root, home_root, mixed_precision, read_json, run_record
-from .controls import control_runs
-from .presets import DataSpec, Preset, TeacherSpec, all_runs, load_preset, preset_path
-from .settings import Count, make_config, validated
+from .controls import all_runs, control_runs
+from .presets import Preset, load_preset, preset_path
+from .settings import Count, DataSpec, TeacherSpec, make_config, validated
 
 # %% ../../nbs/api/study/04_study.ipynb #bd3698da
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Study:
         **more, # further columns
     ) -> dict:
         "The run record of something made from this study."
-        return run_record(seed=seed, preset=self.name, **more)
+        caveat = {"caveat": self.preset.caveat} if self.preset.caveat else {}
+        return run_record(seed=seed, preset=self.name, **caveat, **more)
 
     def save_table(self, name:str|Path, # path under the study's folder, e.g. results/tab_probes.csv
         frame:pd.DataFrame, # tidy rows
@@ -101,18 +102,17 @@ class Study:
         img_size=None, # (H, W); None: that of `spec`
         trained:bool=True, # False: as it is before `train_teacher`
     ): # Backbone, frozen
-        "The frozen backbone: from the hub, a file or `train_teacher`, or else with the study's random weights."
+        "The frozen backbone: from the hub, a file or `train_teacher`, or with the study's random weights."
         import torch
 
         from raptor.teacher.backbone import Backbone
         spec, own = spec or self.preset.teacher, self.folder/"teacher"/"backbone.safetensors"
-        size, kwargs = _pair(img_size or spec.img_size), {"drop_path_rate": spec.drop_path} if spec.drop_path else {}
+        size, kwargs = _pair(img_size or spec.img_size), spec.arguments
         weights = own if spec.train is not None and trained else weights_file(spec.weights) if spec.weights else None
         if weights == own and not own.exists():
             raise RaptorError(f"{own} does not exist; run the notebook train_teacher first.")
         if spec.pretrained or weights or spec.train is not None:
-            kwargs |= {"pretrained": spec.pretrained and weights is None, "weights": weights, "img_size": size}
-            return Backbone.create(spec.name, **kwargs)
+            return Backbone.create(spec.name, pretrained=spec.pretrained, weights=weights, img_size=size, **kwargs)
         with torch.random.fork_rng([]): # the same random weights in every run, at any image size
             torch.manual_seed(self.preset.seeds["teacher"])
             backbone = Backbone.create(spec.name, pretrained=False, img_size=_pair(spec.img_size), **kwargs)
@@ -160,12 +160,13 @@ def _pair(size): return tuple(size) if isinstance(size, list) else size
 
 # %% ../../nbs/api/study/04_study.ipynb #4e5211e5
 def weights_file(name:str|Path, # a path, absolute or below the data root, or https://...
+    fetch:bool=True, # download what is not here yet
 ) -> Path: # existing, if it was downloaded
     "A file of weights on this machine; a downloaded one is kept in the folder weights/ of the data root."
     url = urlparse(str(name))
     if url.scheme != "https": return data_root()/Path(name).expanduser()
     path = data_root()/"weights"/Path(url.path).name
-    if path.exists(): return path
+    if path.exists() or not fetch: return path
     from torch.hub import download_url_to_file
     try:
         with atomic_path(path) as t: download_url_to_file(str(name), str(t), progress=False)
@@ -178,7 +179,7 @@ def normalisation(self:Study, model:str="teacher", # teacher, a Raptor, or an ex
 ) -> dict: # mean and std, three numbers each; {} for the dataset's own
     "How images are normalised for a model."
     spec = self._spec(model)
-    if spec.train is not None: return {}
+    if spec.normalisation or spec.train is not None: return spec.normalisation
     from raptor.teacher.backbone import timm
     config = timm.get_pretrained_cfg(spec.name) if ":" not in spec.name else None # a hub's is known by its model
     known = timm.data.resolve_data_config(pretrained_cfg=config.to_dict()) if config else vars(self.teacher(spec))
