@@ -12,7 +12,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core import RaptorError, atomic_path, check_name, fingerprint, paper_root, read_text
+from ..core import RaptorError, atomic_path, fingerprint, paper_root, read_text
 from ..data.load import data_folder
 from ..study.controls import Run, control_k
 from ..study.presets import Preset, load_preset, preset_names, trainings
@@ -82,11 +82,10 @@ def _check_published(spec, where:str):
     "A tag exists, and weights that are to be downloaded are published."
     if ":" in spec.name: return
     from raptor.teacher.backbone import timm
-    name, _, tag = spec.name.partition(".")
-    try:
-        if tag: check_name(tag, timm.models.list_pretrained_tags(name), f"tag of {name}")
-    except RaptorError as e: raise RaptorError(f"{where}: {e}") from e
-    config = timm.get_pretrained_cfg(spec.name)
+    try: config = timm.get_pretrained_cfg(spec.name)
+    except RuntimeError as e:
+        known = ", ".join(timm.list_pretrained(spec.name.partition(".")[0] + ".*")) or "none"
+        raise RaptorError(f"{where}: timm has no tag like that of {spec.name}; known: {known}.") from e
     if spec.pretrained and spec.weights is None and not (config and config.has_weights):
         raise RaptorError(f"{where}: no weights are published for {spec.name}; give weights:, train: or random: true.")
 
@@ -151,19 +150,22 @@ def _check_weights(study, shapes, complete):
     "Load the weights of every backbone that is not trained here, and its linear head."
     for name, spec in study.preset.backbones.items():
         where = _where(study.preset, name)
-        path = spec.weights and weights_file(spec.weights, complete)
-        if path and not path.is_file() and (complete or not str(spec.weights).startswith("https:")):
-            raise RaptorError(f"{where}: there is no file {path}; put it there, or name another.")
         try: # fetched now: the runs themselves may have no connection to the hub
-            if path.is_file() if path else spec.pretrained and complete: study.teacher(spec, trained=False)
-            head = spec.head and weights_file(spec.head, complete)
-            if head and (complete or head.is_file()): _check_head(head, shapes.get((name, "data")))
+            there = _present(spec.weights, complete)
+            if there or spec.pretrained and complete and not spec.weights: study.teacher(spec, trained=False)
+            if head := _present(spec.head, complete): _check_head(head, shapes.get((name, "data")))
         except RaptorError as e: raise RaptorError(f"{where}: {e}") from e
+
+def _present(file:str|None, complete) -> Path|None:
+    "The path of a file; None if there is none to look at yet, which is right only for a download."
+    path = file and weights_file(file, complete)
+    if not path or path.is_file(): return path or None
+    if not complete and file.startswith("https:"): return None
+    raise RaptorError(f"there is no file {path}; put it there, or name another.")
 
 def _check_head(path:Path, shape):
     "Raise `RaptorError` unless a file holds a linear head on class token and mean patch."
     from raptor.teacher.weights import load_linear_head
-    if not path.is_file(): raise RaptorError(f"there is no file {path}; put it there, or name another.")
     width = load_linear_head(path)[0].shape[1]
     if shape and width != 2 * shape[1]:
         raise RaptorError(f"the head {path} reads {width} features and the model gives {2 * shape[1]}; "
