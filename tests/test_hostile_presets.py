@@ -31,7 +31,7 @@ KEYS = { # section -> {key: bad values}
                 "img_size": [0, -24, 25, 10**6, [24], [24, 24, 24], [24, "24"], 24.0, "big", True], "pretrained": ["on", 1, True], "weights": ["", 7, "nowhere.pth"],
                 "head": ["", "nowhere.pth"], "mean": [[0.5] * 3, [0.5], "imagenet"], "std": [[0, 1, 1], [0.2] * 3],
                 "timm": [{"weights": "w.pth"}, {"checkpoint_path": "w.pth"}, {"no_such_argument": 1}, [1], {1: 2}]},
-    "data": {"name": ["", "digit_scene", 3, "folder:"], "split": ["trian", ""], "test_split": ["valid", 0], "size": [0, -1, [24], "24", NAN, 48], "limit": [0, -5, 1.5, "all", 16],
+    "data": {"name": ["", "digit_scene", 3, "folder:"], "split": ["trian", ""], "test_split": ["valid", 0], "size": [0, -1, [24], "24", NAN, 48], "limit": [0, -5, 1.5, "all", 16, 10**9],
              "test_limit": [0, HUGE], "workers": [-1, 10**6, "four"], "on_error": ["ignore", None]},
     "phases": {"ks": [[], [0], [2, 2], [7], [2.0], 2, None], "images": COUNT, "eps": [[NAN], [-0.1], [1.1], 0.2], "min_size": [0, 4, "one"], "ends": [{2: [6, 6]}, {2: [3, 7]}, {2: [10**12, 10**13]}, {}.keys]},
     "block": {"layer_scale": NUMBER, "hidden": [0, -1, HUGE, "4D"], "depth_scaling": ["yes", 1, None], "mlp": ["relu", None]},
@@ -45,7 +45,7 @@ KEYS = { # section -> {key: bad values}
     "resources": {"disk_gb": [NAN, INF, -1, "a lot"], "threads": [{"train_block": 0}, {"train_block": 10**9}], "rules": [{"train_block": {"gpu": -1}}, {"train_block": {"gpu": 3}}, {"items": {"mem_mb": 0}}]},
     "": {"title": ["", 3, "two\nlines", "\x07"], "replicas": [*COUNT, 101], "name": [], "surprise": [1], "stage1": [None, [], "fast"], "probes": [{}, []],
          "extra_models": [{"k2-r0": {"name": "vit_nano_patch4_reg4_24", "random": True}}, {"Teacher": {"name": "vit_nano_patch4_reg4_24", "random": True}}, {"x": {"name": "vit_nano_patch4_reg4_24"}},
-                          {"x": SMOKE["teacher"]}, {"a/b": {"name": "vit_nano_patch4_reg4_24", "random": True}}]}}
+                          {"x": SMOKE["teacher"]}, {"1e5": {"name": "vit_nano_patch4_reg4_24", "random": True}}, {"a/b": {"name": "vit_nano_patch4_reg4_24", "random": True}}]}}
 KEYS["phases"]["ends"].pop() # a placeholder is no value
 ROWS = [(section, key, value) for section, keys in KEYS.items() for key, values in keys.items() for value in values]
 

@@ -180,6 +180,8 @@ def _check_data(study, shapes, complete):
             opened[use] = data = study.dataset(split, task, spec)
             if data_folder(spec.name): data[0] # decoded
         data, place = opened[use], "data" if purpose == "trajectories" else f"probes: {purpose}: data"
+        if data_folder(spec.name) is None and len(data) > 10**6: # they are drawn when they are first read
+            raise RaptorError(f"preset {preset.name}: {place}: {len(data):,} images do not fit in memory; lower limit.")
         _check_sizes(preset, data, place, purpose, shapes)
         if split == "train": _check_batches(preset, len(data), place, purpose)
         if task == "classification": _check_classes(study, data, place)

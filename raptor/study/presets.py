@@ -200,6 +200,8 @@ def _check_models(preset):
     for name, spec in preset.extra_models.items():
         if name.lower() in seen or re.fullmatch(r"k[0-9]+-r[0-9]+", name.lower()):
             raise ValueError(f"extra_models: {name} is the name of another model of the study; choose another name.")
+        if not isinstance(parse_yaml(name, "a name"), str): # it is also the value of a --param
+            raise ValueError(f"extra_models: {name} reads as a number or a truth value; choose another name.")
         if spec.train is not None:
             raise ValueError(f"extra_models: {name}: only the teacher is trained; give pretrained or weights.")
         seen.add(name.lower())
