@@ -295,7 +295,7 @@ def test_weights_that_lie_about_their_grid(tmp_path, grid):
 @pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a/b", ".."])
 def test_a_preset_cannot_name_a_folder_outside_its_study(tmp_path, name):
     values = yaml.safe_load(preset_path("smoke").read_text())
-    (tmp_path/"mine.yaml").write_text(yaml.safe_dump({**values, "extra_models": {name: {"name": "vit_nano_patch4_reg4_24"}}}))
+    (tmp_path/"mine.yaml").write_text(yaml.safe_dump({**values, "extra_models": {name: {"name": "vit_nano_patch4_reg4_24", "random": True}}}))
     refused(load_preset, tmp_path/"mine.yaml", "extra_models")
 
 

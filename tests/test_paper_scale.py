@@ -13,8 +13,9 @@ from raptor.model.block import RecurrentBlock, block_flops, load_block
 from raptor.core import RaptorError, paper_root
 from raptor.data.load import load_dataset
 from raptor.model.raptor import Raptor
-from raptor.pipeline.needs import check_files, costs, data_uses, profile_path, run_needs
-from raptor.study.presets import all_runs, load_preset, preset_path
+from raptor.pipeline.needs import check_study, costs, data_uses, profile_path, run_needs
+from raptor.study.controls import all_runs
+from raptor.study.presets import load_preset, preset_path
 from raptor.study.study import Study
 from raptor.train.stages import TrainConfig
 
@@ -164,7 +165,7 @@ def test_unreadable_images_may_be_skipped_by_choice(at, tmp_path, monkeypatch):
     root = paper_files.make(tmp_path/"broken"); monkeypatch.setenv("RAPTOR_DATA", str(root))
     study = Study.open(changed(at))
     first = study.dataset("test").files(0)[0]; first.write_bytes(first.read_bytes()[:100])
-    with pytest.raises(RaptorError, match=str(first)): check_files(study)
+    with pytest.raises(RaptorError, match=str(first)): check_study(study)
     values = yaml.safe_load((at/"small.yaml").read_text())
     values["data"]["on_error"] = values["probes"]["classification"]["data"]["on_error"] = "skip"; (at/"small.yaml").write_text(yaml.safe_dump(values))
     with pytest.warns(UserWarning, match="left out 1 unreadable"): assert len(Study.open(at/"small.yaml").dataset("test").skipped) == 1
@@ -189,14 +190,14 @@ def test_a_missing_part_is_named_before_any_work(data, tmp_path, gone, words):
 
 
 def test_a_missing_weight_file_is_named_before_any_work(at):
-    preset = load_preset(changed(at, teacher__weights="nowhere/model.safetensors"))
-    with pytest.raises(RaptorError, match="teacher: there is no file .*data.*/nowhere/model.safetensors"): check_files(Study.open(preset))
+    preset = load_preset(changed(at, teacher__random=False, teacher__weights="nowhere/model.safetensors"))
+    with pytest.raises(RaptorError, match="teacher: there is no file .*data.*/nowhere/model.safetensors"): check_study(Study.open(preset))
     preset = load_preset(changed(at, teacher__head="https://localhost:1/head.pth"))
-    with pytest.raises(RaptorError, match="could not be downloaded .* put it at .*weights/head.pth"): check_files(Study.open(preset))
+    with pytest.raises(RaptorError, match="could not be downloaded .* put it at .*weights/head.pth"): check_study(Study.open(preset))
 
 
 def test_every_use_of_data_is_opened(at):
-    check_files(Study.open("dinov2_reduced"))
+    check_study(Study.open("dinov2_reduced"))
     assert [(u[0], u[2]) for u in data_uses(load_preset("dinov2_reduced"))] == [(p, s) for p in ("trajectories", "classification", "segmentation", "depth") for s in ("train", "test")]
 
 
@@ -214,17 +215,17 @@ def test_random_weights_are_those_of_the_study_at_every_size(at):
 def test_each_model_starts_from_the_head_of_its_own_backbone(at):
     weights = {n: torch.randn(8, 768) for n in ("teacher", "extra")}
     for n, w in weights.items(): torch.save({"weight": w, "bias": torch.zeros(8)}, at/f"{n}.pth")
-    path = changed(at, teacher__head=str(at/"teacher.pth"), extra_models__without_registers={"name": "vit_small_patch14_dinov2", "img_size": 56, "head": str(at/"extra.pth")})
+    path = changed(at, teacher__head=str(at/"teacher.pth"), extra_models__without_registers={"name": "vit_small_patch14_dinov2", "random": True, "img_size": 56, "head": str(at/"extra.pth")})
     study = Study.open(path)
     assert torch.equal(study.official_head("k3-r0")[0], weights["teacher"]) and torch.equal(study.official_head("without_registers")[0], weights["extra"])
-    check_files(study)
+    check_study(study)
 
 
 # the graph ------------------------------------------------------------------------------------------------------------
 def test_the_whole_graph_in_the_papers_formats(at):
     "All stages, runs and main items of one k at 28 pixels, by the notebooks' own cells; with an official head, and validation on the way."
     torch.save({"weight": torch.randn(8, 768) * 0.01, "bias": torch.zeros(8)}, at/"head.pth")
-    path = changed(at, teacher={"name": "vit_small_patch14_reg4_dinov2", "img_size": 28, "head": str(at/"head.pth")}, extra_models={}, data__limit=32, data__test_limit=8, data__size=28, phases__images=16,
+    path = changed(at, teacher={"name": "vit_small_patch14_reg4_dinov2", "random": True, "img_size": 28, "head": str(at/"head.pth")}, extra_models={}, data__limit=32, data__test_limit=8, data__size=28, phases__images=16,
                    phases__ks=[2], phases__ends={2: [7, 12]}, stage1__steps=4, stage2__steps=4, stage1__eval_every=2, stage2__eval_every=2, stage1__warmup=1, stage2__warmup=1, stage1__batch_size=4, stage2__batch_size=4,
                    probes__classification__data={"name": "imagenet", "test_split": "val", "size": 28, "limit": 32, "test_limit": 8}, probes__classification__official_head=True,
                    probes__classification__train__epochs=1)

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-import yaml
 
 from .. import __version__
 from ..core import RaptorError, check_name, check_writable, data_root, home_root, usable_cores
 from ..study.presets import load_preset, preset_names, preset_schema
+from ..study.settings import parse_yaml
 from ..study.study import Study
-from .needs import costs, run_needs
-from .notebooks import clear_checkpoints, notebook_names, run_notebook
+from .needs import check_study, costs, readiness, run_needs
+from .notebooks import clear_checkpoints, notebook_parameters, run_notebook
 from .processes import claimed_gpus, end_with_parent, stop_on_signals, use_threads
 from .runs import describe_runs, reproduce
 
@@ -61,8 +61,8 @@ def reproduce_command(preset:PresetOption="digits",
     Interrupt it at any time; the same command resumes it. It ends with an HTML page of every table and figure."""
     started, study = time.time(), Study.open(preset, home, replicas)
     if dry_run:
-        print(describe_runs(study, all_items))
-        if not profile: return
+        print(describe_runs(study, all_items, tuple(only or ())))
+        if not profile: return check_study(study, complete=False)
     if reproduce(study, tuple(only or ()), all_items=all_items, cores=cores, dry_run=dry_run, profile=profile):
         if dry_run: raise RaptorError(f"Snakemake does not accept the profile {profile} (see above).")
         raise RaptorError("the study is not finished (see above); start the same command again to go on.")
@@ -84,7 +84,9 @@ def run_command(
     end_with_parent()
     stop_on_signals()
     study, values = Study.open(preset, home), dict(_parse(p) for p in param or ())
-    name, folder = check_name(name, notebook_names(), "notebook"), check_writable(study.folder)
+    known = notebook_parameters(name)
+    for key in values: check_name(key, known, f"parameter of notebook {name}:")
+    folder = check_writable(study.folder)
     os.environ.update(RAPTOR_HOME=str(study.home), RAPTOR_PROGRESS="0")
     given = os.environ.get("OMP_NUM_THREADS", "") # OpenMP also takes a list, which is left alone
     if threads := threads or (int(given) if given.isdigit() else 0): use_threads(threads)
@@ -102,7 +104,7 @@ def _parse(text:str) -> tuple:
     "NAME=VALUE, the value read as YAML."
     name, equals, value = text.partition("=")
     if not equals: raise RaptorError(f"--param {text!r} is not of the form NAME=VALUE.")
-    return name, yaml.safe_load(value)
+    return name, parse_yaml(value, f"--param {name}")
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #a58e8f6f
 @app.command("page")
@@ -211,7 +213,7 @@ def doctor(home:str|Path|None=None, # root of all studies
             ("cores", str(usable_cores())), ("accelerators", ", ".join(devices) or "none"),
             ("RAPTOR_HOME", f"{root} ({writable})"), ("RAPTOR_DATA", f"{data_root()} ({data})"),
             ("free disk", f"{shutil.disk_usage(there).free/1e9:.0f} GB")]
-    return rows + [(f"preset {n}", costs(load_preset(n)) or "cost not stated") for n in preset_names()]
+    return rows + [(f"preset {n}", f"{costs(load_preset(n))}; {readiness(n, home)}") for n in preset_names()]
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #8d3f442f
 def main(argv:list[str]|None=None, # arguments; None: those of the process

@@ -63,6 +63,7 @@ def study_facts(study:Study, # that has run
     preset, record = study.preset, study.record()
     rows = [("preset", f"`{preset.name}`: {preset.title}")]
     rows += [("data", preset.data.name), ("teacher", preset.teacher.name)]
+    if preset.caveat: rows.append(("caveat", preset.caveat))
     if (path := study.folder/"teacher"/"result.csv").exists():
         row, units = pd.read_csv(path).iloc[0], {"top1": " %", "miou": " %", "rmse": " m"}
         scores = (f"{m} {show_score(row[m], metric=m)}{unit}" for m, unit in units.items() if m in row)

@@ -17,18 +17,25 @@ import tempfile
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from pathlib import Path
+from urllib.parse import quote
 
 from ..core import RaptorError
 
 # %% ../../nbs/api/pipeline/01_processes.ipynb #81625d37
 def visible_gpus() -> list[str]: # as CUDA_VISIBLE_DEVICES names them
     "The GPUs that this process may use, found without loading torch."
-    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [g.strip() for g in listed.split(",") if g.strip() not in ("", "-1")]
+    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None: return _listed(listed)
     if not shutil.which("nvidia-smi"): return []
     lines = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()
     return [str(i) for i, line in enumerate(line for line in lines if line.startswith("GPU "))]
+
+def _listed(names:str) -> list[str]:
+    "As CUDA reads a list: up to the first entry that names no GPU, and nothing of a list with an entry twice."
+    gpus = [name.strip() for name in names.split(",")]
+    valid = list(takewhile(re.compile(r"[0-9]+$|GPU-.|MIG-.").match, gpus))
+    return valid if len(set(valid)) == len(valid) else []
 
 @contextmanager
 def claimed_gpus(count:int, # how many GPUs a job wants
@@ -42,7 +49,7 @@ def claimed_gpus(count:int, # how many GPUs a job wants
     with ExitStack() as held:
         mine = []
         for gpu in gpus:
-            if len(mine) < count and _lock(held, f"raptor-{os.getuid()}-gpu-{gpu}.lock"): mine.append(gpu)
+            if len(mine) < count and _lock(held, f"raptor-{os.getuid()}-gpu-{quote(gpu, '')}.lock"): mine.append(gpu)
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine if len(mine) == count else gpus)
         try: yield mine
         finally:

@@ -18,9 +18,9 @@ from fastcore.basics import patch
 from ..core import RaptorError, atomic_path, data_root, home_root, mixed_precision, run_record
 from ..data.load import DATASETS, load_dataset
 from ..phases import read_phases
-from .controls import control_runs
-from .presets import DataSpec, Preset, TeacherSpec, all_runs, load_preset, preset_path
-from .settings import Count, make_config, validated
+from .controls import all_runs, control_runs
+from .presets import Preset, load_preset, preset_path
+from .settings import Count, DataSpec, TeacherSpec, make_config, validated
 
 # %% ../../nbs/api/study/04_study.ipynb #bd3698da
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Study:
         **more, # further columns
     ) -> dict:
         "The run record of something made from this study."
-        return run_record(seed=seed, preset=self.name, **more)
+        caveat = {"caveat": self.preset.caveat} if self.preset.caveat else {}
+        return run_record(seed=seed, preset=self.name, **caveat, **more)
 
     def save_table(self, name:str|Path, # path under the study's folder, e.g. results/tab_probes.csv
         frame:pd.DataFrame, # tidy rows
@@ -102,17 +103,17 @@ class Study:
         img_size=None, # (H, W); None: that of `spec`
         trained:bool=True, # False: as it is before `train_teacher`
     ): # Backbone, frozen
-        "The frozen backbone: from the hub, a file or `train_teacher`, or else with the study's random weights."
+        "The frozen backbone: from the hub, a file or `train_teacher`, or with the study's random weights."
         import torch
 
         from raptor.teacher.backbone import Backbone
         spec, own = spec or self.preset.teacher, self.folder/"teacher"/"backbone.safetensors"
-        size, kwargs = _pair(img_size or spec.img_size), {"drop_path_rate": spec.drop_path} if spec.drop_path else {}
+        size, kwargs = _pair(img_size or spec.img_size), spec.arguments
         weights = own if spec.train is not None and trained else weights_file(spec.weights) if spec.weights else None
         if weights == own and not own.exists():
             raise RaptorError(f"{own} does not exist; run the notebook train_teacher first.")
         if spec.pretrained or weights or spec.train is not None:
-            kwargs |= {"pretrained": spec.pretrained and weights is None, "weights": weights, "img_size": size}
+            kwargs |= {"pretrained": spec.pretrained, "weights": weights, "img_size": size}
             backbone = Backbone.create(spec.name, **kwargs)
             if spec.train is not None: backbone.mean, backbone.std = self.normalisation().values() # for its training
             return backbone
@@ -163,12 +164,13 @@ def _pair(size): return tuple(size) if isinstance(size, list) else size
 
 # %% ../../nbs/api/study/04_study.ipynb #4e5211e5
 def weights_file(name:str|Path, # a path, absolute or below the data root, or https://...
+    fetch:bool=True, # download what is not here yet
 ) -> Path: # existing, if it was downloaded
     "A file of weights on this machine; a downloaded one is kept in the folder weights/ of the data root."
     url = urlparse(str(name))
     if url.scheme != "https": return data_root()/Path(name).expanduser()
     path = data_root()/"weights"/Path(url.path).name
-    if path.exists(): return path
+    if path.exists() or not fetch: return path
     from torch.hub import download_url_to_file
     try:
         with atomic_path(path) as t: download_url_to_file(str(name), str(t), progress=False)
@@ -181,9 +183,11 @@ def normalisation(self:Study, model:str="teacher", # teacher, a Raptor, or an ex
 ) -> dict: # mean and std, three numbers each
     "How images are normalised for a model: as it was trained, or else as the study's data are."
     spec, own = self._spec(model), DATASETS[self.preset.data.name.partition(":")[0]]
-    if spec.train is not None: return {"mean": own.mean, "std": own.std}
+    if spec.train is not None: return {"mean": own.mean, "std": own.std, **spec.normalisation}
+    if spec.normalisation: return spec.normalisation
     from raptor.teacher.backbone import timm
-    config = timm.get_pretrained_cfg(spec.name) if ":" not in spec.name else None # a hub's is known by its model
+    known_by_name = not spec.weights and ":" not in spec.name # a file may say it, and a hub's is known by its model
+    config = timm.get_pretrained_cfg(spec.name) if known_by_name else None
     if config is None: return {k: tuple(getattr(self.teacher(spec), k)) for k in ("mean", "std")}
     known = timm.data.resolve_data_config(pretrained_cfg=config.to_dict())
     return {k: tuple(known[k]) for k in ("mean", "std")}

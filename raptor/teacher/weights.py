@@ -6,7 +6,6 @@
 __all__ = ['plain_name', 'read_weights', 'error_clause', 'load_linear_head']
 
 # %% ../../nbs/api/teacher/00_weights.ipynb #4994e750
-import hashlib
 import re
 import zipfile
 from pathlib import Path
