@@ -321,7 +321,7 @@ def snakemake(at, data, *argv):
 
 def test_snakemake_accepts_the_slurm_profile(at, data):
     pytest.importorskip("snakemake_executor_plugin_slurm")
-    said = snakemake(at, data, "--profile", profile_path("slurm"), "--cores", 16, "blocks/0-7-r0/result.csv", "raptors/k3-r0/result.csv", "probes/k3-r0-depth/result.csv")
+    said = snakemake(at, data, "--profile", profile_path("slurm"), "--cores", 16, ".done/blocks/0-7-r0/train_block", ".done/raptors/k3-r0/train_raptor", ".done/probes/k3-r0-depth/train_probe")
     assert said.returncode == 0, said.stderr[-2000:]
     jobs = {m[1]: m[2] for m in re.finditer(r"^rule (\w+):\n((?: {4}.*\n)+)", said.stdout + said.stderr, re.MULTILINE)}
     for rule, memory, minutes in (("train_block", 48000, 1440), ("train_raptor", 48000, 1440), ("train_probe", 64000, 1440)):

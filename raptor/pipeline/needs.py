@@ -17,7 +17,8 @@ from ..data.load import data_folder
 from ..study.controls import Run, control_k
 from ..study.presets import Preset, load_preset, preset_names, trainings
 from ..study.settings import DataSpec, TeacherSpec, parse_yaml
-from ..study.study import Study, weights_file
+from ..study.study import Study
+from ..study.weights import weights_file, weights_path
 
 # %% ../../nbs/api/pipeline/00_needs.ipynb #5735fd74
 def data_uses(preset:Preset, # of the study
@@ -44,7 +45,7 @@ def describe_data(preset:Preset, # of the study
 def _source(spec:TeacherSpec) -> str:
     "Where the weights of a backbone come from."
     if spec.random: return "random weights"
-    file = spec.weights and weights_file(spec.weights, fetch=False)
+    file = spec.weights and weights_path(spec.weights)
     start = f"{file}{'' if file.is_file() else ' (not found)'}" if file else "published weights" * spec.pretrained
     return start if spec.train is None else f"trained here, from {start or 'random weights'}"
 
@@ -158,7 +159,7 @@ def _check_weights(study, shapes, complete):
 
 def _present(file:str|None, complete) -> Path|None:
     "The path of a file; None if there is none to look at yet, which is right only for a download."
-    path = file and weights_file(file, complete)
+    path = file and (weights_file if complete else weights_path)(file)
     if not path or path.is_file(): return path or None
     if not complete and file.startswith("https:"): return None
     raise RaptorError(f"there is no file {path}; put it there, or name another.")
@@ -208,7 +209,7 @@ def _check_classes(study, data, place:str):
     "An official head scores the classes of the data."
     from raptor.teacher.weights import load_linear_head
     for name, spec in study.preset.backbones.items():
-        path = spec.head and weights_file(spec.head, False)
+        path = spec.head and weights_path(spec.head)
         if not path or not path.is_file() or not isinstance(data.num_classes, int): continue
         if (classes := len(load_linear_head(path)[1])) != data.num_classes:
             raise RaptorError(f"{_where(study.preset, name)}: the head {path} has {classes} classes and {place} has "
