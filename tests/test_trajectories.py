@@ -612,16 +612,17 @@ def test_doctor_reads_the_caches_of_all_studies(tmp_path, capsys):
     zarr_or_skip()
     study = small_study(tmp_path)
     study.cache()
-    main(["doctor", "--home", str(tmp_path)])
-    assert "cache " not in capsys.readouterr().out
-    def deep():
-        try: main(["doctor", "--deep", "--home", str(tmp_path)])
-        except SystemExit as e: return e.code, *capsys.readouterr()
-    assert f"{study.folder}/activations (intact)" in deep()[1]
+    def doctor(*options):
+        with pytest.raises(SystemExit) as e: main(["doctor", *options, "--home", str(tmp_path)])
+        return e.value.code, *capsys.readouterr()
+    code, out, _ = doctor()
+    assert code == 0 and "\ncache " not in out
+    code, out, _ = doctor("--deep")
+    assert code == 0 and f"{study.folder}/activations (intact)" in out
     bad = study.folder/"activations/states/c/2/0/0/0"
     flip(bad, 100)
     (tmp_path/"other/activations").mkdir(parents=True)
-    code, out, err = deep()
+    code, out, err = doctor("--deep")
     assert code == 1 and f"chunk {bad} is damaged" in out and "other/activations holds no trajectory cache" in out
     assert "the caches have the 2 faults above; run `raptor cache" in err
     study.cache()

@@ -74,7 +74,8 @@ def check_fits(dataset, # its `size`, `mean` and `std` are compared, where it ha
         have, wanted = getattr(dataset, what, None), getattr(teacher, theirs, None)
         if any(v is None or callable(v) for v in (have, wanted)): continue
         have, wanted = (np.atleast_1d(np.asarray(v, float)) for v in (have, wanted))
-        if have.shape[0] in (1, len(wanted)) and np.allclose(have, wanted, rtol=0, atol=1e-4): continue
+        alike = len(have) == len(wanted) or 1 in (len(have), len(wanted)) # one number stands for all
+        if alike and np.allclose(have, wanted, rtol=0, atol=1e-4): continue
         images = f"{getattr(dataset, 'name', type(dataset).__name__)} {getattr(dataset, 'split', '')}".strip()
         have, wanted = (f"({', '.join(f'{x:.4g}' for x in v)})" for v in (have, wanted))
         raise RaptorError(f"the images of {images} have {what} {have} and {getattr(teacher, 'name', 'the teacher')} "
