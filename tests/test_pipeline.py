@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 import raptor.pipeline.cli as pipeline
 from raptor.study.controls import control_runs
 from raptor.core import RaptorError, paper_root
-from raptor.study.presets import all_runs, load_preset, preset_path
+from raptor.study.controls import all_runs
+from raptor.study.presets import load_preset, preset_path
 
 
 def start(*argv, home, **kwargs):

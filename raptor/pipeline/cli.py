@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'HomeOption', 'DISTRIBUTIONS', 'reproduce_command', 'run_command', 'page_command',
-           'collect_command', 'cache_command', 'import_command', 'presets_command', 'doctor_command', 'doctor', 'main']
+           'collect_command', 'cache_command', 'import_command', 'presets_command', 'doctor_command', 'check_caches',
+           'doctor', 'main']
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #a31e00fb
 import json
@@ -19,15 +20,15 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Optional
 
 import typer
-import yaml
 
 from .. import __version__
 from ..core import RaptorError, check_name, check_writable, data_root, home_root, usable_cores
 from ..study.presets import load_preset, preset_names, preset_schema
+from ..study.settings import parse_yaml
 from ..study.steps import is_finished, seal, step
 from ..study.study import Study
-from .needs import costs, run_needs
-from .notebooks import clear_checkpoints, notebook_names, raise_flag, run_notebook
+from .needs import check_study, costs, readiness, run_needs
+from .notebooks import clear_checkpoints, notebook_parameters, raise_flag, run_notebook
 from .page import describe_other_code, write_page
 from .processes import claimed_gpus, end_with_parent, name_user, stop_on_signals, use_threads
 from .runs import describe_runs, reproduce
@@ -63,8 +64,8 @@ def reproduce_command(preset:PresetOption="digits",
     Interrupt it at any time; the same command resumes it. It ends with an HTML page of every table and figure."""
     started, study = time.time(), Study.open(preset, home, replicas)
     if dry_run:
-        print(describe_runs(study, all_items))
-        if not profile: return
+        print(describe_runs(study, all_items, tuple(only or ())))
+        if not profile: return check_study(study, complete=False)
     if reproduce(study, tuple(only or ()), all_items=all_items, cores=cores, dry_run=dry_run, profile=profile):
         raise RaptorError("the study is not finished, for the reasons above; start the same command again to go on.")
     for line in () if dry_run else describe_other_code(study):
@@ -90,7 +91,9 @@ def run_command(
     stop_on_signals()
     name_user()
     study, values = Study.open(preset, home, replicas), dict(_parse(p) for p in param or ())
-    name, folder = check_name(name, notebook_names(), "notebook"), check_writable(study.folder)
+    known = notebook_parameters(name)
+    for key in values: check_name(key, known, f"parameter of notebook {name}:")
+    folder = check_writable(study.folder)
     os.environ.update(RAPTOR_HOME=str(study.home), RAPTOR_PROGRESS="0")
     given = os.environ.get("OMP_NUM_THREADS", "") # OpenMP also takes a list, which is left alone
     if threads := threads or (int(given) if given.isdigit() else 0): use_threads(threads)
@@ -121,7 +124,7 @@ def _parse(text:str) -> tuple:
     "NAME=VALUE, the value read as YAML."
     name, equals, value = text.partition("=")
     if not equals: raise RaptorError(f"--param {text!r} is not of the form NAME=VALUE.")
-    return name, yaml.safe_load(value)
+    return name, parse_yaml(value, f"--param {name}")
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #a58e8f6f
 @app.command("page")
@@ -192,9 +195,25 @@ def presets_command(schema:Annotated[bool, typer.Option("--schema", help="Print 
               f"{costs(preset)}")
 
 @app.command("doctor")
-def doctor_command(home:HomeOption=None):
+def doctor_command(home:HomeOption=None,
+    deep:Annotated[bool, typer.Option("--deep", help="Read every cache of the studies; name what is damaged.")]=False,
+):
     """Report installed versions, devices and paths, and what each preset needs."""
     for label, value in doctor(home): print(f"{label:22}{value}")
+    faults = 0
+    for path, found in check_caches(home) if deep else ():
+        print(f"{'cache':22}{path} (intact)" if not found else "\n".join(f"{'cache':22}{f}" for f in found), flush=True)
+        faults += len(found)
+    if faults: raise RaptorError(f"the caches have the {faults} faults above; run `raptor cache --preset NAME` for the "
+                                 "study of each, which writes again what is damaged and nothing else.")
+
+def check_caches(home:str|Path|None=None, # root of all studies
+): # yields the folder of each study's cache, and one sentence for each file that is missing or damaged
+    "Read the caches of all studies and compare every file with its checksum."
+    from raptor.trajectories.cache import cache_faults
+    for path in sorted(home_root(home).glob("*/activations")):
+        try: yield path, cache_faults(path)
+        except RaptorError as e: yield path, [str(e)]
 
 DISTRIBUTIONS = "raptor-vit torch torchvision timm accelerate zarr papermill execnb snakemake nbdev".split()
 
@@ -215,7 +234,7 @@ def doctor(home:str|Path|None=None, # root of all studies
             ("cores", str(usable_cores())), ("accelerators", ", ".join(devices) or "none"),
             ("RAPTOR_HOME", f"{root} ({writable})"), ("RAPTOR_DATA", f"{data_root()} ({data})"),
             ("free disk", f"{shutil.disk_usage(there).free/1e9:.0f} GB")]
-    return rows + [(f"preset {n}", costs(load_preset(n)) or "cost not stated") for n in preset_names()]
+    return rows + [(f"preset {n}", f"{costs(load_preset(n))}; {readiness(n, home)}") for n in preset_names()]
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #8d3f442f
 def main(argv:list[str]|None=None, # arguments; None: those of the process

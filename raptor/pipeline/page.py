@@ -64,6 +64,7 @@ def study_facts(study:Study, # that has run
     preset, record = study.preset, study.record()
     rows = [("preset", f"`{preset.name}`: {preset.title}")]
     rows += [("data", preset.data.name), ("teacher", preset.teacher.name)]
+    if preset.caveat: rows.append(("caveat", preset.caveat))
     if (path := study.folder/"teacher"/"result.csv").exists():
         row, units = read_table(path).iloc[0], {"top1": " %", "miou": " %", "rmse": " m"}
         scores = (f"{m} {show_score(row[m], metric=m)}{unit}" for m, unit in units.items() if pd.notna(row.get(m)))

@@ -24,17 +24,23 @@ import warnings
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
+from urllib.parse import quote
 
 from ..core import RaptorError, fingerprint
 
 # %% ../../nbs/api/pipeline/01_processes.ipynb #81625d37
 def visible_gpus() -> list[str]: # as CUDA_VISIBLE_DEVICES names them
     "The GPUs that this process may use, found without loading torch."
-    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return list(takewhile(lambda g: g not in ("", "-1"), map(str.strip, listed.split(",")))) # as CUDA reads it
+    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None: return _listed(listed)
     if not shutil.which("nvidia-smi"): return []
     lines = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()
     return [str(i) for i, line in enumerate(line for line in lines if line.startswith("GPU "))]
+
+def _listed(names:str) -> list[str]:
+    "As CUDA reads a list: up to the first entry that names no GPU, and nothing of a list with an entry twice."
+    gpus = [name.strip() for name in names.split(",")]
+    valid = list(takewhile(re.compile(r"[0-9]+$|GPU-.|MIG-.").match, gpus))
+    return valid if len(set(valid)) == len(valid) else []
 
 @contextmanager
 def claimed_gpus(count:int, # how many GPUs a job wants
@@ -48,7 +54,7 @@ def claimed_gpus(count:int, # how many GPUs a job wants
     with ExitStack() as held:
         mine = []
         for gpu in gpus:
-            name = f"raptor-{os.getuid()}-gpu-{gpu.replace('/', '-')}.lock"
+            name = f"raptor-{os.getuid()}-gpu-{quote(gpu, '')}.lock"
             if len(mine) < count and _is_free(held.enter_context(open(_shared_folder()/name, "w"))): mine.append(gpu)
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine if len(mine) == count else gpus)
         try: yield mine

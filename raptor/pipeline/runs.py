@@ -20,7 +20,7 @@ from ..core import RaptorError, atomic_path, check_name, check_writable, paper_r
 from ..study.presets import STAGES
 from ..study.steps import is_finished, step_of
 from ..study.study import Study
-from .needs import check_files, costs, describe_data, profile_path, run_needs
+from .needs import check_study, costs, describe_data, profile_path, run_needs, runs_for
 from .notebooks import refresh
 from .page import item_names
 from .processes import study_lock, sweep, temporary_folder, visible_gpus
@@ -40,15 +40,20 @@ def study_config(study:Study, # to run
 # %% ../../nbs/api/pipeline/05_runs.ipynb #c147b7f3
 def describe_runs(study:Study, # not necessarily started
     all_items:bool=False, # with the runs that `--all` adds
+    only:tuple[str, ...]=(), # items or stages to make; () for the items
 ) -> str: # one line a run, and a line with their number and cost
     "The runs of a study with their seeds, as text: what `--dry-run` prints."
+    items = study_config(study, only, all_items)["items"]
+    names = [name for given in only or ("summary",) for name in (items if given == "summary" else (given,))]
     preset, data, cost = study.preset, describe_data(study.preset), costs(study.preset) or "cost not stated"
     if study.known_ends is None:
         first = ["train_teacher"] * (preset.teacher.train is not None) + ["find_phases"]
         if preset.activations.source == "cached": first.insert(-1, "cache_activations")
-        return "\n".join([*data, f"{preset.name}: {', '.join(first)}; then blocks, Raptors and probes for "
-                                 f"k = {list(preset.phases.ks)}, once the phases are known; {cost}"])
-    runs = [*study.runs.values(), *(study.controls.values() if all_items else ())]
+        then = f"what {', '.join(only)} needs" if only else "blocks, Raptors and probes"
+        then = f"then {then} for k = {list(preset.phases.ks)}, once the phases are known"
+        if set(names) <= set(first): first, then = first[:1 + max(map(first.index, names))], "nothing else"
+        return "\n".join([*data, f"{preset.name}: {', '.join(first)}; {then}; {cost}"])
+    runs = runs_for(study, names)
     lines = [_describe(study, run) for run in runs]
     kinds = ("block", "raptor", "probe", *(["control"] if all_items else []))
     counts = ", ".join(f"{sum(run.kind == kind for run in runs)} {kind} runs" for kind in kinds)
@@ -80,8 +85,8 @@ def reproduce(study:Study, # to run
     `if __name__ == "__main__":`."""
     config, preset = study_config(study, only, all_items), study.preset
     os.environ.update(RAPTOR_HOME=str(study.home), PYTHONSAFEPATH="1") # no file of a study is imported as a module
-    folder = check_writable(study.folder, int(preset.resources.get("disk_gb", 0.1) * 1e9))
-    if not dry_run: check_files(study)
+    check_study(study, complete=not dry_run)
+    folder = check_writable(study.folder)
     with nullcontext() if dry_run else study_lock(folder), nullcontext() if profile else temporary_folder(folder):
         if not (dry_run or profile): sweep(folder) # the jobs of a cluster may outlive the command that started them
         for line in () if dry_run else refresh(study, item_names()): print(f"raptor: {line}", file=sys.stderr)

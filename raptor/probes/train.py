@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core import RaptorError, atomic_path, mixed_precision
+from ..core import RaptorError, mixed_precision
+from ..teacher.stored import find_fault, note_of, open_tensors, save_tensors
 from ..train.fit import FitConfig, fit, make_accelerator
 from ..trajectories.order import BatchPlan, image_batches, prefetch
 from .heads import ProbeTask, probe_task
@@ -114,7 +113,7 @@ def evaluate_heads(model, # with .features(images)
     crop:tuple|None=None, # (top, bottom, left, right) for depth; default: the whole image
     batch_size:int=256, # images of a forward pass; the scores do not depend on it
     workers:int=0, # processes that fetch images
-) -> dict: # {metric name: score}, and rmse_pooled for depth
+) -> dict: # {metric name: score}, and rmse_per_image for depth
     "Score heads on a dataset; each head in evaluation mode, each score exact over the whole split."
     objective = ProbeObjective(model, heads).eval()
     meters = {n: probe_task(n).meter(head.linear.out_features, crop=crop) for n, head in heads.items()}
@@ -122,7 +121,7 @@ def evaluate_heads(model, # with .features(images)
     for batch in prefetch(ordered_batches(dataset, batch_size, workers), device):
         for name, _, prediction, target in objective.predictions(batch): meters[name].update(prediction, target)
     scores = {probe_task(n).metric_name: m.compute() for n, m in meters.items()}
-    return scores | ({"rmse_pooled": meters["depth"].pooled()} if "depth" in meters else {})
+    return scores | ({"rmse_per_image": meters["depth"].per_image()} if "depth" in meters else {})
 
 def _fit_heads(model, heads, train, config, folder, evaluate, made_for, weights=None, workers=0) -> pd.DataFrame:
     "Train heads (and the model, if it is not frozen) on `train`."
@@ -143,12 +142,13 @@ def train_probe(model:nn.Module, # with .features(images): a Backbone or a Rapto
     folder:str|Path|None=None, # for the checkpoint
     *,
     settings:dict|None=None, # of the head, e.g. {"bins": 32} for depth
-    official:tuple|None=None, # (weight, bias) that a classification head starts from
+    official:tuple|None=None, # (weight, bias) that a classification head starts from; scored as epoch 0
     workers:int=0, # processes that decode images
 ) -> tuple[nn.Module, dict, pd.DataFrame]: # the head; {metric, best, best_epoch, last, ...}; the history
     "Train one head on a frozen model; report the score of the best and of the last epoch on `test`."
     spec, config, size, crop = probe_task(task), config.for_data(len(train)), config.eval_batch_size, test.eval_crop
-    model.requires_grad_(False).eval() # a Raptor that was just loaded is still trainable
+    device = make_accelerator(config.precision).device
+    model.to(device).requires_grad_(False).eval() # a Raptor that was just loaded is still trainable
     head = spec.make_head(model, train.num_classes, **(settings or {}))
     if official: head.load_official(*official)
     made_for = [task, settings, model.fingerprint, train.fingerprint, test.fingerprint]
@@ -159,19 +159,23 @@ def train_probe(model:nn.Module, # with .features(images): a Backbone or a Rapto
     def evaluate(step):
         scores = evaluate_heads(model, {task: head}, test, crop=crop, batch_size=size, workers=workers)
         return {"epoch": step // config.eval_every, **scores}
+    head.to(device)
+    first = pd.DataFrame([{"step": 0, **evaluate(0)}]) # again after a restart: `fit` restores no start
     history = _fit_heads(model, {task: head}, train, config, folder, evaluate, made_for, workers=workers)
+    history = pd.concat([first, history], ignore_index=True)
     return head, best_and_last(history, spec), history
 
 # %% ../../nbs/api/probes/02_train.ipynb #2d9368f3
 def best_and_last(history:pd.DataFrame, # with columns epoch and the task's metric; rows without a score are skipped
     spec:ProbeTask, # says whether higher is better
-) -> dict: # metric, best, best_epoch, last, epochs
-    "The first best and the last epoch of a history."
-    metric = spec.metric_name
+) -> dict: # metric, best, best_epoch, last, epochs; for depth also best_rmse_per_image, last_rmse_per_image
+    "The first best epoch of a history, which may be 0, and the last; a second score of the task at both."
+    metric, second = spec.metric_name, f"{spec.metric_name}_per_image"
     rows = history.dropna(subset=[metric])
-    best = rows.loc[rows[metric].idxmax() if spec.higher_is_better else rows[metric].idxmin()]
+    best, last = rows.loc[rows[metric].idxmax() if spec.higher_is_better else rows[metric].idxmin()], rows.iloc[-1]
+    more = {f"{which}_{second}": row[second] for which, row in (("best", best), ("last", last)) if second in rows}
     return {"metric": metric, "best": best[metric], "best_epoch": int(best["epoch"]),
-            "last": rows[metric].iloc[-1], "epochs": int(rows["epoch"].iloc[-1])}
+            "last": last[metric], "epochs": int(last["epoch"]), **more}
 
 # %% ../../nbs/api/probes/02_train.ipynb #82c704ed
 @contextmanager
@@ -201,7 +205,7 @@ def train_teacher(backbone, # a Backbone; trained in place and frozen again
     "Train a backbone jointly on the tasks that `num_classes` names."
     def new(task): return probe_task(task).make_head(backbone, num_classes[task], **(settings or {}).get(task, {}))
     heads = heads or {task: new(task) for task in num_classes}
-    made_for = [backbone.name, train.fingerprint, sorted(num_classes), settings, weights]
+    made_for = [backbone.name, backbone.settings, train.fingerprint, sorted(num_classes), settings, weights]
     with plain_attention(backbone, config.precision):
         backbone.unfreeze()
         try: history = _fit_heads(backbone, heads, train, config, folder, evaluate, made_for, weights, workers)
@@ -214,24 +218,25 @@ def save_head(head:nn.Module, # one of the three heads
     settings:dict|None=None, # that it was made with
 ):
     "Write the weights of a head, atomically."
-    state = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
-    with atomic_path(path) as t: save_file(state, t, {"settings": json.dumps(settings or {})})
+    save_tensors(path, head.state_dict(), {}, settings=json.dumps(settings or {}))
 
 def load_head(model, # the model that the head reads: dim, num_prefix, grid
     task:str, # classification | segmentation | depth
     path:str|Path, # a file that `save_head` wrote
 ) -> nn.Module: # on the CPU, in evaluation mode
     "Load a head; raise `RaptorError` if the file is damaged or the head was made for another width."
+    cure = "run the step that makes it again"
+    with open_tensors(path, cure) as f:
+        about, note, state = f.metadata() or {}, note_of(f), {k: f.get_tensor(k) for k in f.keys()}
     try:
-        with safe_open(path, "pt") as f:
-            settings, state = json.loads(f.metadata()["settings"]), {k: f.get_tensor(k) for k in f.keys()}
+        if why := find_fault(state, note): raise ValueError(why)
+        settings = json.loads(about["settings"])
         outputs = len(state["linear.weight"])
         if not isinstance(settings, dict): raise ValueError(f"its settings are {str(settings)[:40]!r}")
         if (bins := settings.get("bins", outputs)) != outputs: raise ValueError(f"{bins} bins, but {outputs} rows")
         head = probe_task(task).make_head(model, outputs, **settings)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
-        why = " ".join(str(e).split())[:120]
-        raise RaptorError(f"the head {path} is missing or damaged ({why}); run the step that makes it again.") from e
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        raise RaptorError(f"the head {path} is damaged ({' '.join(str(e).split())[:120]}); {cure}.") from e
     try: head.load_state_dict(state)
     except RuntimeError as e:
         raise RaptorError(f"the {task} head {path} was made for another backbone than {model.name} "
@@ -247,9 +252,9 @@ def fidelity(raptor, # with .rollout(state, start, end)
     end:int|None=None, # last state; None: depth
     batch_size:int=256, # images of a rollout; the result does not depend on it
     device=None, # where the model is; None: the device of its parameters
-) -> R2Meter: # .per_layer() for start+1..end, .compute() their mean
+) -> R2Meter: # .per_layer() for start+1..end, .compute() their mean, .pooled() the paper's definition
     "R2 of a rollout against the teacher's states, exact over the source."
-    device, end, meter = device or next(raptor.parameters()).device, end or source.depth, R2Meter()
+    device, end, meter = device or next(raptor.parameters()).device, end or source.depth, R2Meter(given=1)
     for states in source.batches(batch_size, start=start, end=end, device=device):
-        meter.update(raptor.rollout(states[:, 0], start, end)[:, 1:], states[:, 1:])
+        meter.update(raptor.rollout(states[:, 0], start, end), states)
     return meter

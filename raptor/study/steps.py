@@ -16,8 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..core import RaptorError, code_version, file_digest, fingerprint, paper_root, read_json, write_json
-from .controls import control_k
-from .presets import Preset, Run
+from .controls import Run, control_k
+from .presets import Preset
 from .study import Study
 from .weights import weights_path
 

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import RaptorError, atomic_path, home_root, mixed_precision, read_json, run_record
-from ..phases import Phases
-from .controls import control_runs
-from .presets import DataSpec, Preset, TeacherSpec, all_runs, load_preset, preset_path
+from ..core import RaptorError, atomic_path, home_root, mixed_precision, run_record
+from ..data.load import DATASETS, load_dataset
+from ..phases import read_phases
+from .controls import all_runs, control_runs
+from .presets import Preset, load_preset, preset_path
 from .results import read_table
-from .settings import Count, make_config, validated
+from .settings import Count, DataSpec, TeacherSpec, make_config, validated
 from .weights import weights_file
 
 # %% ../../nbs/api/study/04_study.ipynb #bd3698da
@@ -54,10 +55,8 @@ class Study:
     def known_ends(self) -> dict|None: # {k: ends}; None until they are known
         "The segmentations: fixed by the preset, or found by `find_phases`."
         path, ends = self.folder/"phases"/"phases.json", self.preset.phases.ends
-        if ends is None and path.exists(): ends = read_json(path)
-        try: return ends and {int(k): Phases(e).ends for k, e in (ends.get("ends", ends)).items()}
-        except (AttributeError, TypeError, ValueError, RaptorError) as e:
-            raise RaptorError(f"{path} holds no phases ({e}); delete it and run the notebook find_phases again.") from e
+        if ends is None and path.exists(): ends = read_phases(path)
+        return ends and {int(k): tuple(e) for k, e in ends.items()}
 
     @property
     def ends(self) -> dict: # {k: ends}
@@ -69,7 +68,8 @@ class Study:
         **more, # further columns
     ) -> dict:
         "The run record of something made from this study."
-        return run_record(seed=seed, preset=self.name, **more)
+        caveat = {"caveat": self.preset.caveat} if self.preset.caveat else {}
+        return run_record(seed=seed, preset=self.name, **caveat, **more)
 
     def save_table(self, name:str|Path, # path under the study's folder, e.g. results/tab_probes.csv
         frame:pd.DataFrame, # tidy rows
@@ -92,11 +92,10 @@ class Study:
         model:str="teacher", # whose normalisation the images get
         **kwargs, # passed to `load_dataset`
     ): # Dataset
-        "A split of the study's data; images are augmented only with `train_transform=True`."
-        from raptor.data.load import load_dataset
+        "A split of the study's data; images are augmented only with `augment=True`."
         spec = spec or self.preset.data
         names, limits = {"train": spec.split, "test": spec.test_split}, {"train": spec.limit, "test": spec.test_limit}
-        settings = {"train_transform": False, "size": _pair(spec.size), "limit": limits.get(split),
+        settings = {"augment": False, "size": _pair(spec.size), "limit": limits.get(split),
                     "on_error": spec.on_error, **self.normalisation(model)} | kwargs
         return load_dataset(spec.name, names.get(split, split), task, **settings)
 
@@ -104,18 +103,20 @@ class Study:
         img_size=None, # (H, W); None: that of `spec`
         trained:bool=True, # False: as it is before `train_teacher`
     ): # Backbone, frozen
-        "The frozen backbone: from the hub, a file or `train_teacher`, or else with the study's random weights."
+        "The frozen backbone: from the hub, a file or `train_teacher`, or with the study's random weights."
         import torch
 
         from raptor.teacher.backbone import Backbone
         spec, own = spec or self.preset.teacher, self.folder/"teacher"/"backbone.safetensors"
-        size, kwargs = _pair(img_size or spec.img_size), {"drop_path_rate": spec.drop_path} if spec.drop_path else {}
+        size, kwargs = _pair(img_size or spec.img_size), spec.arguments
         weights = own if spec.train is not None and trained else weights_file(spec.weights) if spec.weights else None
         if weights == own and not own.exists():
             raise RaptorError(f"{own} does not exist; run the notebook train_teacher first.")
         if spec.pretrained or weights or spec.train is not None:
-            kwargs |= {"pretrained": spec.pretrained and weights is None, "weights": weights, "img_size": size}
-            return Backbone.create(spec.name, **kwargs)
+            kwargs |= {"pretrained": spec.pretrained, "weights": weights, "img_size": size}
+            backbone = Backbone.create(spec.name, **kwargs)
+            if spec.train is not None: backbone.mean, backbone.std = self.normalisation().values() # for its training
+            return backbone
         with torch.random.fork_rng([]): # the same random weights in every run, at any image size
             torch.manual_seed(self.preset.seeds["teacher"])
             backbone = Backbone.create(spec.name, pretrained=False, img_size=_pair(spec.img_size), **kwargs)
@@ -164,13 +165,16 @@ def _pair(size): return tuple(size) if isinstance(size, list) else size
 # %% ../../nbs/api/study/04_study.ipynb #4e5211e5
 @patch
 def normalisation(self:Study, model:str="teacher", # teacher, a Raptor, or an extra model of the preset
-) -> dict: # mean and std, three numbers each; {} for the dataset's own
-    "How images are normalised for a model."
-    spec = self._spec(model)
-    if spec.train is not None: return {}
+) -> dict: # mean and std, three numbers each
+    "How images are normalised for a model: as it was trained, or else as the study's data are."
+    spec, own = self._spec(model), DATASETS[self.preset.data.name.partition(":")[0]]
+    if spec.train is not None: return {"mean": own.mean, "std": own.std, **spec.normalisation}
+    if spec.normalisation: return spec.normalisation
     from raptor.teacher.backbone import timm
-    config = timm.get_pretrained_cfg(spec.name) if ":" not in spec.name else None # a hub's is known by its model
-    known = timm.data.resolve_data_config(pretrained_cfg=config.to_dict()) if config else vars(self.teacher(spec))
+    known_by_name = not spec.weights and ":" not in spec.name # a file may say it, and a hub's is known by its model
+    config = timm.get_pretrained_cfg(spec.name) if known_by_name else None
+    if config is None: return {k: tuple(getattr(self.teacher(spec), k)) for k in ("mean", "std")}
+    known = timm.data.resolve_data_config(pretrained_cfg=config.to_dict())
     return {k: tuple(known[k]) for k in ("mean", "std")}
 @patch
 def official_head(self:Study, model:str="teacher", # teacher, a Raptor, or an extra model of the preset
@@ -211,11 +215,12 @@ def cache_estimate(self:Study, sample:int=64, # images to measure with
 
 @patch
 def cache(self:Study): # CachedTrajectories
-    "Write the trajectories of the training images to the study's folder, or resume writing them."
+    "Write the trajectories of the training images to the study's folder, complete them, or mend what is damaged."
     from raptor.trajectories.live import write_cache
     live, spec = self._live(), self.preset.activations
     settings = dict(dtype=spec.dtype, chunk_images=spec.chunk_images, workers=live.workers, autocast=live.autocast)
-    return write_cache(live.backbone, live.dataset, self.folder/"activations", **settings)
+    owner = f"the study {self.name}" # its own cache is replaced when the teacher was trained again
+    return write_cache(live.backbone, live.dataset, self.folder/"activations", owner=owner, **settings)
 
 # %% ../../nbs/api/study/04_study.ipynb #2c5d8570
 @patch

@@ -27,7 +27,7 @@ class TrainConfig(FitConfig):
     token_weights:tuple = (0.34, 0.33, 0.33) # of cls, registers, patches; for loss="weighted"
     forcing:str = "annealed" # see `teacher_weight`
     anneal:float = 0.25 # fraction of the steps over which teacher forcing is annealed
-    noise:float = 0.0 # standard deviation of Gaussian noise on the input states; 0 in all published runs
+    noise:float = 0.0 # standard deviation of Gaussian noise on the input of every step; 0 in all published runs
 
 # %% ../../nbs/api/train/02_stages.ipynb #7cdddaa4
 class SpanObjective(nn.Module):
@@ -46,12 +46,11 @@ class SpanObjective(nn.Module):
         step:int, # 0-based; determines lambda and the noise
     ) -> dict[str, Tensor]: # scalars: loss, lambda, and those of tf and ar that were computed
         "The losses of a batch at a step."
-        weight, inputs = self.weight(step), self.noisy(states, step) if self.config.noise else states
-        end = self.start + states.shape[1] - 1
+        weight, noise = self.weight(step), self.noise(states, step) if self.config.noise else None
         tf = ar = None
-        if weight > 0: tf = self.model.predict_next(inputs, self.start)
-        if weight == 0: ar = self.model.rollout(inputs[:, 0], self.start, end)[:, 1:]
-        elif weight < 1: ar = self.model.rollout(tf[:, 0], self.start + 1, end) # both begin with the same step
+        if weight > 0: tf = self.model.predict_next(states if noise is None else states + noise, self.start)
+        if weight == 0: ar = self.rollout(states[:, 0], 0, states.shape[1] - 1, noise)[:, 1:]
+        elif weight < 1: ar = self.rollout(tf[:, 0], 1, states.shape[1] - 1, noise) # both begin with the same step
         out = {name: self.loss(p, states[:, 1:]) for name, p in (("tf", tf), ("ar", ar)) if p is not None}
         out["loss"] = weight * out.get("tf", 0) + (1 - weight) * out.get("ar", 0)
         return {**out, "lambda": torch.tensor(weight, device=states.device)}
@@ -60,13 +59,21 @@ class SpanObjective(nn.Module):
         "Lambda at a step."
         return teacher_weight(step, self.config.steps, self.config.anneal, self.config.forcing)
 
-    def noisy(self, states:Tensor, step:int) -> Tensor:
-        "States with Gaussian noise that is a function of the seed, the step and the process."
+    def rollout(self, state:Tensor, first:int, last:int, noise:Tensor|None) -> Tensor:
+        "States start+first..start+last from the first of them, with noise on the input of every step."
+        states = [state]
+        for i in range(first, last):
+            state = self.model.step(state if noise is None else state + noise[:, i], self.start + i + 1)
+            states.append(state)
+        return torch.stack(states, dim=1)
+
+    def noise(self, states:Tensor, step:int) -> Tensor:
+        "Gaussian noise of the shape of `states`, a function of the seed, the step and the process."
         rank = int(os.environ.get("RANK", 0))
         seed = seed_for("noise", self.config.seed, step, *([rank] if rank else []))
         noise = torch.randn(states.shape, generator=torch.Generator(states.device).manual_seed(seed),
                             device=states.device, dtype=states.dtype)
-        return states + self.config.noise * noise
+        return self.config.noise * noise
 
 # %% ../../nbs/api/train/02_stages.ipynb #7015b129
 def train_span(source, # trajectory source, live or cached
@@ -82,17 +89,31 @@ def train_span(source, # trajectory source, live or cached
     start, end = span
     if not 0 <= start < end <= source.depth:
         raise RaptorError(f"span {span} does not lie in 0..{source.depth}; give (start, end) with 0 <= start < end.")
+    _check_source(model, source)
     has_cls = getattr(source, "has_cls", source.num_prefix > 0)
     objective = SpanObjective(model, start, config, source.num_prefix, has_cls)
     device = device or make_accelerator(config.precision).device
     def batches(first_step, rank, world):
         return source.batches(config.batch_size, start=start, end=end, seed=config.seed, first_step=first_step,
                               steps=config.steps, rank=rank, world=world, device=device)
-    made_for = [source.fingerprint, list(span), [(n, list(p.shape)) for n, p in model.named_parameters()]]
+    made_for = [source.fingerprint, list(span), getattr(model, "config", None)]
     title = f"states {start}-{end}"
     history = fit(objective, batches, config, folder, made_for=made_for, evaluate=evaluate, title=title)
+    for block in _blocks(model): block.trained_on = source.fingerprint
+    if isinstance(model, RecurrentBlock): model.span = (start, end)
     model.eval()
     return history
+
+def _blocks(model): return [module for module in model.modules() if isinstance(module, RecurrentBlock)]
+
+def _check_source(model, source):
+    "Refuse blocks that share weights, or that learned the trajectories of another teacher, dataset or precision."
+    if hasattr(model, "check_blocks"): model.check_blocks()
+    for block in _blocks(model):
+        if block.trained_on not in (None, source.fingerprint):
+            raise RaptorError(f"a block learned the trajectories {block.trained_on}, and these ({source.fingerprint}) "
+                              "are of another teacher, dataset or precision; train a new block on these, or set its "
+                              "trained_on to None to insist.")
 
 def train_raptor(source, # trajectory source, live or cached
     raptor:nn.Module, # Raptor initialised from stage 1; trained in place
