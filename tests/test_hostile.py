@@ -179,7 +179,9 @@ def noted(path, **notes):
         {"no\nsuch": 1}))))])
 def test_a_head_with_other_settings(tmp_path, notes):
     write, file, read = LOADERS["head"]
-    write(tmp_path); noted(tmp_path/file, **notes)
+    write(tmp_path); noted(tmp_path/file, **notes) # as earlier versions wrote them
+    refused(read, tmp_path)
+    noted(tmp_path/file, raptor="".join(f'{{"settings": {value}}}' for value in notes.values()))
     refused(read, tmp_path)
 
 
