@@ -226,8 +226,8 @@ def cache(self:Study): # CachedTrajectories
     "Write the trajectories of the training images to the study's folder, complete them, or mend what is damaged."
     from raptor.trajectories.live import write_cache
     live, spec = self._live(), self.preset.activations
-    settings = dict(dtype=spec.dtype, chunk_images=spec.chunk_images, workers=live.workers, autocast=live.autocast)
-    return write_cache(live.backbone, live.dataset, self.folder/"activations", owner=f"the study {self.name}", **settings)
+    how = dict(dtype=spec.dtype, chunk_images=spec.chunk_images, workers=live.workers, autocast=live.autocast)
+    return write_cache(live.backbone, live.dataset, self.folder/"activations", owner=f"the study {self.name}", **how)
 
 # %% ../../nbs/api/study/04_study.ipynb #2c5d8570
 @patch
