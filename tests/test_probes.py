@@ -197,7 +197,7 @@ def test_heads_on_disk(tmp_path):
     again = load_head(PassThrough(), "depth", path)
     assert torch.equal(again.linear.weight, head.linear.weight) and torch.equal(again.centres, head.centres)
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(RaptorError, match="missing or damaged"): load_head(PassThrough(), "depth", path)
+    with pytest.raises(RaptorError, match="damaged"): load_head(PassThrough(), "depth", path)
 
 
 def test_an_unknown_task_is_refused():

@@ -29,8 +29,7 @@ from ..probes.train import evaluate_heads, ordered_batches, train_teacher
 from ..train.fit import FitConfig
 from ..train.stages import TrainConfig, train_raptor, train_span
 from ..trajectories.live import write_cache
-from .controls import control_k
-from .presets import block_runs
+from .controls import block_runs, control_k
 from .settings import make_config
 from .study import Study
 
