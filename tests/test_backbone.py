@@ -657,7 +657,8 @@ def test_pretrained_weights_arrive_through_timm(monkeypatch):
 
 
 @pytest.mark.parametrize("settings, said", [(dict(img_size=(30, 28)), "not a multiple of the patch size"),
-    (dict(depht=3), "timm cannot create"), (dict(num_heads=5), "timm cannot create")])
+    (dict(depht=3), "timm cannot create"), (dict(num_heads=5), "timm cannot create"),
+    (dict(pos_embed="none of timm's"), r"\(AssertionError\); change")])
 def test_settings_that_do_not_fit(settings, said):
     with pytest.raises(RaptorError, match=said):
         Backbone.create("vit_small_patch14_reg4_dinov2", pretrained=False, **{"img_size": 28, **TINY, **settings})

@@ -212,9 +212,9 @@ def block_config(values, # parsed JSON
 ) -> BlockConfig:
     "A `BlockConfig` from JSON; raises `RaptorError` for an unknown or missing key or an invalid value."
     if not isinstance(values, dict):
-        raise RaptorError(f"{where} describes a block as {str(values)[:40]!r}, where its sizes were expected.")
+        raise RaptorError(f"{where} describes a block as {str(values)[:40]!r}, not by its sizes; copy that file again.")
     if wrong := {f.name for f in fields(BlockConfig)} ^ set(values):
-        raise RaptorError(f"{where} has unknown or missing keys of a block: {sorted(map(str, wrong))[:3]}.")
+        raise RaptorError(f"{where} lacks keys of a block or has others: {sorted(map(str, wrong))[:3]}; copy it again.")
     try: return BlockConfig(**values)
     except RaptorError as e: raise RaptorError(f"{where}: {e}") from e
 
@@ -241,7 +241,7 @@ def load_block(path:str|Path, # a file of `save_block`
     span = note["span"]
     integers = isinstance(span, list) and len(span) == 2 and all(type(s) is int for s in span)
     if not integers or not 0 <= span[0] < span[1] <= MAX_DEPTH:
-        raise RaptorError(f"the weights {path} state the span {str(span)[:40]}, which is no (start, end].")
+        raise RaptorError(f"the weights {path} state the span {str(span)[:40]}; save the block with its (start, end].")
     block = fill(empty_block(block_config(note["block"], path)), path)
     block.trained_on, block.span = note.get("trained_on"), tuple(span)
     return block, block.span

@@ -118,11 +118,14 @@ def _read_phases(values, where):
     "A partition from JSON: {'ends': [...]} or {'assignment': [...]}."
     (kind, labels), *more = values.items() if isinstance(values, dict) and values else [(None, None)]
     if more or kind not in ("ends", "assignment"):
-        raise RaptorError(f"{where} gives phases {str(values)[:40]!r}, where 'ends' or 'assignment' was expected.")
+        raise RaptorError(f"{where} gives phases {str(values)[:40]!r}, not by 'ends' or 'assignment'; "
+            "copy the folder again.")
     valid = isinstance(labels, list) and len(labels) <= MAX_DEPTH
     if not valid or any(type(v) is not int or not 0 <= v <= MAX_DEPTH for v in labels):
-        raise RaptorError(f"{where} gives {kind} {str(labels)[:40]}, which are not integers in 0..{MAX_DEPTH}.")
-    return Phases(labels) if kind == "ends" else FragmentedPhases(labels)
+        raise RaptorError(f"{where} gives {kind} {str(labels)[:40]}, not integers in 0..{MAX_DEPTH}; "
+            "copy the folder again.")
+    try: return Phases(labels) if kind == "ends" else FragmentedPhases(labels)
+    except RaptorError as e: raise RaptorError(f"{where}: {e}") from e
 
 def read_config(path:Path, # a config.json, not trusted
 ) -> tuple[dict, list, Phases|FragmentedPhases]: # the parsed file; blocks on the meta device; their partition
@@ -132,10 +135,12 @@ def read_config(path:Path, # a config.json, not trusted
         raise RaptorError(f"{path} must have exactly the keys {', '.join(sorted(keys))}, and perhaps teacher; "
             "give the config.json of a Raptor.")
     if values["format"] != FORMAT:
-        raise RaptorError(f"{path} has format {str(values['format'])[:40]}; this version reads {FORMAT}: update it.")
+        raise RaptorError(f"{path} has format {str(values['format'])[:40]}; this version reads {FORMAT}: "
+            "update the package.")
     phases, blocks = _read_phases(values["phases"], path), values["blocks"]
     if not isinstance(blocks, list) or len(blocks) != phases.k:
-        raise RaptorError(f"{path} must describe one block for each of its {phases.k} phases.")
+        raise RaptorError(f"{path} does not describe one block for each of its {phases.k} phases; "
+            "copy the folder again.")
     try: values.get("teacher") is None or TypeAdapter(Teacher).validate_python(values["teacher"])
     except ValidationError as e:
         what = e.errors(include_url=False)[0]

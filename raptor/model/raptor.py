@@ -26,11 +26,11 @@ class Raptor(Recurrence, HubMixin):
         blocks, depth = list(blocks), phases.depth
         if phases.k != len(blocks):
             raise RaptorError(f"{len(blocks)} blocks were given for {phases.k} phases; give one block per phase.")
-        if depth > MAX_DEPTH: raise RaptorError(f"the phases have {depth} layers; a Raptor has at most {MAX_DEPTH}.")
+        if depth > MAX_DEPTH: raise RaptorError(f"the phases have {depth} layers; give at most {MAX_DEPTH}.")
         if len(set(map(id, blocks))) < len(blocks):
-            raise RaptorError("a block was given twice; FragmentedPhases lets one block serve distant layers.")
+            raise RaptorError("a block was given twice; give it once, in FragmentedPhases if it serves distant layers.")
         if len(dims := {b.config.dim for b in blocks}) > 1:
-            raise RaptorError(f"the blocks have different widths {sorted(dims)}; a Raptor chains blocks of one width.")
+            raise RaptorError(f"the blocks have different widths {sorted(dims)}; give blocks of one width.")
         self.blocks, self.phases, self.assignment = nn.ModuleList(blocks), phases, phases.assignment
         self.check_blocks()
 
@@ -113,5 +113,5 @@ class Raptor(Recurrence, HubMixin):
         spans = [tuple(span) for _, span in found]
         ends = tuple(end for _, end in spans)
         if not spans or spans != list(zip((0, *ends), ends)):
-            raise RaptorError(f"the spans {spans} do not close up; each must start where the last one ends.")
+            raise RaptorError(f"the spans {spans} do not close up; give blocks that follow each other from state 0 on.")
         return cls([block for block, _ in found], Phases(ends))

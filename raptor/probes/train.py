@@ -234,7 +234,7 @@ def load_head(model, # the model that the head reads: dim, num_prefix, grid
         settings = note.get("settings", json.loads(earlier))
         outputs = len(state["linear.weight"])
         if not isinstance(settings, dict): raise ValueError(f"its settings are {str(settings)[:40]!r}")
-        if (bins := settings.get("bins", outputs)) != outputs: raise ValueError(f"{bins} bins, but {outputs} rows")
+        if (bins := settings.get("bins", outputs)) != outputs: raise ValueError(f"{bins} bins, but {outputs} outputs")
         head = probe_task(task).make_head(model, outputs, **settings)
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise RaptorError(f"the head {path} is damaged ({' '.join(str(e).split())[:120]}); {cure}.") from e

@@ -73,7 +73,8 @@ def control_k(preset:Preset, # the study
     "The number of blocks of the ablation, the partitions and the figures that show a single Raptor."
     k = preset.controls.k if preset.controls.k is not None else 3 if 3 in ends else max(ends)
     if k in ends: return k
-    raise RaptorError(f"preset {preset.name}: controls: k is {k}, but there are Raptors only for k = {sorted(ends)}.")
+    raise RaptorError(f"preset {preset.name}: controls: k is {k}, but there are Raptors only for k = {sorted(ends)}; "
+                      "choose one.")
 
 def _seed(preset, replica:int) -> int: # shared by all controls of a replica, which differ only in what they test
     return preset.seeds.get("control", 2000) + replica

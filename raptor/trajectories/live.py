@@ -132,8 +132,9 @@ def _make_spec(live, layers, dtype, chunk_images, chunk_states, owner):
     check_name(dtype, CACHE_TYPES, "dtype")
     first, last = layers or live.layers
     if not 0 <= first <= last <= live.depth:
-        raise RaptorError(f"states {first}..{last} cannot be cached: {live.backbone.name} has 0..{live.depth}.")
-    if len(live) == 0: raise RaptorError("there are no images to cache: the dataset is empty.")
+        raise RaptorError(f"states {first}..{last} cannot be cached; choose them from 0..{live.depth} of "
+                          f"{live.backbone.name}.")
+    if len(live) == 0: raise RaptorError("the dataset holds no images to cache; give one that is not empty.")
     state_bytes = live.num_tokens * live.dim * 2
     images, states = chunk_shape(len(live), last - first + 1, state_bytes, chunk_images, chunk_states)
     target = live.dataset[0]["target"]

@@ -51,7 +51,8 @@ class BatchPlan:
         size, n = self.batch_size, self.num_images
         if size < 1: raise RaptorError(f"batch_size is {size} and must be at least 1.")
         if not 0 <= self.rank < self.world <= size:
-            raise RaptorError(f"rank {self.rank} of {self.world} cannot share a batch of {size}; raise batch_size.")
+            raise RaptorError(f"rank {self.rank} of {self.world} cannot share a batch of {size}; "
+                              "give 0 <= rank < world <= batch_size.")
         if self.seed is not None and n < size:
             raise RaptorError(f"a batch of {size} cannot be drawn from {n} images; lower batch_size.")
 
