@@ -11,7 +11,7 @@ from operator import attrgetter
 from torch import Tensor, nn
 
 from ..core import RaptorError, fingerprint
-from .block import Recurrence
+from .recurrence import Recurrence
 from .raptor import Raptor
 from .tensors import weights_digest
 
@@ -44,10 +44,10 @@ class RaptorBackbone(Recurrence):
         "A hash that changes with the teacher and with any weight of the Raptor."
         return fingerprint([self.backbone.fingerprint, self.raptor.assignment, weights_digest(self.raptor)])
 
-    def step(self, x, t): return self.raptor.step(x, t)
+    def step(self, x, t, stride=1): return self.raptor.step(x, t, stride)
     def advance(self, state, start=0, end=None): return self.raptor.advance(state, start, end)
     def rollout(self, state, start=0, end=None): return self.raptor.rollout(state, start, end)
-    def check_span(self, start, end): return self.raptor.check_span(start, end)
+    def path(self, start, end=None, count=None): return self.raptor.path(start, end, count)
     def cls(self, state:Tensor) -> Tensor: return self.backbone.cls(state)
     def patches(self, state:Tensor) -> Tensor: return self.backbone.patches(state)
     def forward(self, images:Tensor) -> Tensor: return self.features(images)
@@ -62,7 +62,7 @@ class RaptorBackbone(Recurrence):
         end:int|None=None, # index of the last state; None: L
     ) -> Tensor: # (B, end-start+1, N, D)
         "States start..end of the autoregressive rollout from state 0."
-        self.check_span(start, end)
+        self.path(start, end)
         return self.rollout(self.advance(self.embed(images), 0, start), start, end)
 
     def norm(self, state:Tensor, # (..., N, D)

@@ -98,7 +98,7 @@ class BlockSpec(Spec):
     mlp:Literal["swiglu", "gelu"] = "swiglu"
     hidden:Count|None = None # width of the MLP; null for 4 D
     layer_scale:float = 1e-5 # initial value of LayerScale
-    depth_scaling:bool = True # whether the block is conditioned on its depth
+    conditioning:list[Literal["scaling", "vectors", "low_rank", "experts"]] = ["scaling"] # what depends on the depth
 
 class ActivationSpec(Spec):
     "How trajectories are provided."
