@@ -193,19 +193,18 @@ def max_cut(distance, # (L, L) distances
 MAX_BISECTED = 24 # layers: 2**23 subsets, about 0.2 GB and a fraction of a second
 
 def best_bisection(distance, # (n, n) distances between the members of one cluster
-    min_size:int=1, # least size of either half
-) -> tuple: # weight cut; (n,) bool, True for the far side from the first, or None if none is allowed
+) -> tuple: # weight cut; (n,) bool, True for the far side from the first, or None for a single member
     "The exact max-cut of a cluster, by enumeration; among equal cuts an interval is preferred, the earliest first."
     w, n = check_distance(distance), len(distance)
     if n > MAX_BISECTED: raise RaptorError(f"{n} layers cannot be enumerated (limit {MAX_BISECTED}); use max_cut.")
-    cut, size = np.zeros(1), np.zeros(1, np.int8)
+    if n == 1: return 0.0, None
+    cut = np.zeros(1)
     for i in range(1, n): # bit i-1 of a subset's index: member i is on the far side
         inner = np.zeros(1)
         for j in range(1, i): inner = np.concatenate([inner, inner + w[i, j]])
-        cut, size = np.concatenate([cut, cut + w[i].sum() - 2*inner]), np.concatenate([size, size + 1])
-    cut[(size < max(min_size, 1)) | (n - size < min_size)] = -np.inf
-    if not np.isfinite(best := cut.max()): return 0.0, None
-    equal = cut >= best - _TIE*w.sum()
+        cut = np.concatenate([cut, cut + w[i].sum() - 2*inner])
+    cut[0] = -np.inf # all members on one side: no cut
+    equal = cut >= cut.max() - _TIE*w.sum()
     intervals = [2**(n-1) - 2**(j-1) for j in range(1, n)]
     code = next((c for c in intervals if equal[c]), int(np.argmax(equal)))
     return float(cut[code]), np.array([False, *((code >> i) & 1 == 1 for i in range(n-1))])
@@ -213,7 +212,7 @@ def best_bisection(distance, # (n, n) distances between the members of one clust
 # %% ../nbs/api/01_phases.ipynb #2ebe2624
 def recursive_max_cut(distance, # (L, L) distances
     eps:float, # least gain of a cut, as a fraction of the total weight, 0..1
-    min_size:int=2, # least number of layers in a phase
+    min_size:int=2, # clusters of fewer than twice as many layers are left whole; a half may be a single layer
 ) -> Partition: # `Phases` if the clusters are intervals, else `FragmentedPhases`
     "The authors' solver: bisect clusters, each exactly, while the cut gains more than `eps` of the total weight."
     d = check_distance(distance)
@@ -221,7 +220,7 @@ def recursive_max_cut(distance, # (L, L) distances
     if not isinstance(min_size, Integral) or min_size < 1:
         raise RaptorError(f"min_size is {min_size!r}; a phase has a whole number of layers, at least 1.")
     def parts(cluster):
-        gain, far = best_bisection(d[np.ix_(cluster, cluster)], min_size) if len(cluster) >= 2*min_size else (0.0, None)
+        gain, far = best_bisection(d[np.ix_(cluster, cluster)]) if len(cluster) >= 2*min_size else (0.0, None)
         return [*parts(cluster[~far]), *parts(cluster[far])] if gain > (eps + _TIE)*d.sum()/2 else [cluster]
     labels = np.zeros(len(d), int)
     for j, cluster in enumerate(parts(np.arange(len(d)))): labels[cluster] = j

@@ -162,8 +162,21 @@ def test_weights_are_drawn_in_the_order_of_the_parts():
     block = RecurrentBlock(8, 2)
     torch.manual_seed(3)
     shapes = {"qkv": (8, 24), "proj": (8, 8), "mlp.fc1": (8, 64), "mlp.fc2": (32, 8), "scaling.fc1": (1, 16)}
-    for name, shape in shapes.items():
-        assert torch.equal(block.get_submodule(name).weight, nn.Linear(*shape).weight)
+    drawn = {name: nn.Linear(*shape).weight for name, shape in list(shapes.items())[:2]}
+    nn.init.xavier_uniform_(drawn["qkv"])
+    drawn |= {name: nn.Linear(*shape).weight for name, shape in list(shapes.items())[2:]}
+    for name, weight in drawn.items(): assert torch.equal(block.get_submodule(name).weight, weight), name
+
+
+@pytest.mark.parametrize("dim,std,bound", [(192, 0.05103, 0.08839), (288, 0.04167, 0.07217)]) # of U(-b, b), b = (6/4D)^.5
+def test_attention_starts_as_torch_multihead(dim, std, bound):
+    torch.manual_seed(0)
+    block, reference = RecurrentBlock(dim, 3), nn.MultiheadAttention(dim, 3)
+    for weight in (block.qkv.weight, reference.in_proj_weight):
+        assert float(weight.detach().std()) == pytest.approx(std, rel=5e-3)
+        assert float(weight.detach().abs().max()) == pytest.approx(bound, rel=1e-3)
+    assert float(block.proj.weight.detach().std()) == pytest.approx((3*dim)**-0.5, rel=0.01) # as nn.Linear starts
+    for layer in (block.qkv, block.proj): assert not layer.bias.any()
 
 
 @pytest.mark.parametrize("mlp,hidden,layers", [

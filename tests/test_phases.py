@@ -113,14 +113,14 @@ def test_cut_weight_reads_every_way_of_writing_a_partition():
 # recursive solver
 
 @settings(deadline=None, max_examples=60)
-@given(matrices, st.integers(1, 3))
-def test_best_bisection_equals_brute_force(d, min_size):
+@given(matrices)
+def test_best_bisection_equals_brute_force(d):
     n = len(d)
-    cuts = [pairs_cut(d, (0, *s)) for s in product((0, 1), repeat=n-1) if min_size <= sum(s) <= n - min_size]
-    gain, far = best_bisection(d, min_size)
+    cuts = [pairs_cut(d, (0, *s)) for s in product((0, 1), repeat=n-1) if any(s)]
+    gain, far = best_bisection(d)
     if not cuts: assert (gain, far) == (0.0, None); return
     assert gain == pytest.approx(max(cuts)) and gain == pytest.approx(pairs_cut(d, far))
-    assert not far[0] and min_size <= far.sum() <= n - min_size
+    assert not far[0] and 1 <= far.sum() <= n - 1
 
 
 def test_bisection_prefers_an_interval_among_equals():
@@ -133,11 +133,19 @@ def test_bisection_prefers_an_interval_among_equals():
 def test_recursive_splits_once_then_judges_each_half_alone(d, eps):
     total, result = d.sum()/2, np.array(recursive_max_cut(d, eps).assignment)
     def parts(members):
-        gain, far = best_bisection(d[np.ix_(members, members)], 2)
+        gain, far = best_bisection(d[np.ix_(members, members)])
         if gain <= (eps + 1e-10)*total or len(members) < 4: return [members]
         return parts(members[~far]) + parts(members[far])
     expected = parts(np.arange(len(d)))
     assert {tuple(p) for p in expected} == {tuple(np.flatnonzero(result == j)) for j in set(result)}
+
+
+@pytest.mark.parametrize("layers, min_size, ends", [
+    (4, 2, (3, 4)), (5, 2, (4, 5)), (3, 2, (3,)), (5, 3, (5,)), (6, 3, (5, 6)), (2, 1, (1, 2))])
+def test_min_size_decides_which_clusters_are_tried_and_a_half_may_be_one_layer(layers, min_size, ends):
+    d = np.ones((layers, layers)) - np.eye(layers)
+    d[-1, :-1] = d[:-1, -1] = 9 # the last layer alone is far from the others
+    assert recursive_max_cut(d, 0.5, min_size).ends == ends
 
 
 def test_recursive_handles_flat_small_and_large_clusters():

@@ -11,8 +11,8 @@ from operator import attrgetter
 from torch import Tensor, nn
 
 from ..core import RaptorError, fingerprint
-from .recurrence import Recurrence
 from .raptor import Raptor
+from .recurrence import Recurrence
 from .tensors import weights_digest
 
 # %% ../../nbs/api/model/05_as_backbone.ipynb #c7a555c2

@@ -27,7 +27,7 @@ class TrainConfig(FitConfig):
     token_weights:tuple = (0.34, 0.33, 0.33) # of cls, registers, patches; for loss="weighted"
     forcing:str = "annealed" # see `teacher_weight`
     anneal:float = 0.25 # fraction of the steps over which teacher forcing is annealed
-    noise:float = 0.0 # standard deviation of Gaussian noise on the input states; 0 in all published runs
+    noise:float = 0.0 # standard deviation of Gaussian noise on the input of every step; 0 in all published runs
 
 # %% ../../nbs/api/train/02_stages.ipynb #7cdddaa4
 class SpanObjective(nn.Module):
@@ -46,12 +46,11 @@ class SpanObjective(nn.Module):
         step:int, # 0-based; determines lambda and the noise
     ) -> dict[str, Tensor]: # scalars: loss, lambda, and those of tf and ar that were computed
         "The losses of a batch at a step."
-        weight, inputs = self.weight(step), self.noisy(states, step) if self.config.noise else states
-        end = self.start + states.shape[1] - 1
+        weight, noise = self.weight(step), self.noise(states, step) if self.config.noise else None
         tf = ar = None
-        if weight > 0: tf = self.model.predict_next(inputs, self.start)
-        if weight == 0: ar = self.model.rollout(inputs[:, 0], self.start, end)[:, 1:]
-        elif weight < 1: ar = self.model.rollout(tf[:, 0], self.start + 1, end) # both begin with the same step
+        if weight > 0: tf = self.model.predict_next(states if noise is None else states + noise, self.start)
+        if weight == 0: ar = self.rollout(states[:, 0], 0, states.shape[1] - 1, noise)[:, 1:]
+        elif weight < 1: ar = self.rollout(tf[:, 0], 1, states.shape[1] - 1, noise) # both begin with the same step
         out = {name: self.loss(p, states[:, 1:]) for name, p in (("tf", tf), ("ar", ar)) if p is not None}
         out["loss"] = weight * out.get("tf", 0) + (1 - weight) * out.get("ar", 0)
         return {**out, "lambda": torch.tensor(weight, device=states.device)}
@@ -60,13 +59,21 @@ class SpanObjective(nn.Module):
         "Lambda at a step."
         return teacher_weight(step, self.config.steps, self.config.anneal, self.config.forcing)
 
-    def noisy(self, states:Tensor, step:int) -> Tensor:
-        "States with Gaussian noise that is a function of the seed, the step and the process."
+    def rollout(self, state:Tensor, first:int, last:int, noise:Tensor|None) -> Tensor:
+        "States start+first..start+last from the first of them, with noise on the input of every step."
+        states = [state]
+        for i in range(first, last):
+            state = self.model.step(state if noise is None else state + noise[:, i], self.start + i + 1)
+            states.append(state)
+        return torch.stack(states, dim=1)
+
+    def noise(self, states:Tensor, step:int) -> Tensor:
+        "Gaussian noise of the shape of `states`, a function of the seed, the step and the process."
         rank = int(os.environ.get("RANK", 0))
         seed = seed_for("noise", self.config.seed, step, *([rank] if rank else []))
         noise = torch.randn(states.shape, generator=torch.Generator(states.device).manual_seed(seed),
                             device=states.device, dtype=states.dtype)
-        return states + self.config.noise * noise
+        return self.config.noise * noise
 
 # %% ../../nbs/api/train/02_stages.ipynb #7015b129
 def train_span(source, # trajectory source, live or cached
