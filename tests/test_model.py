@@ -2,6 +2,7 @@
 import json
 import math
 import struct
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -393,7 +394,7 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
 
 
-BLOCK = dict(dim=8, num_heads=2, mlp="swiglu", hidden=32, layer_scale=1e-5, conditioning=["scaling"])
+BLOCK = json.loads(json.dumps(asdict(BlockConfig(8, 2))))
 def second(**changes): return dict(blocks=[BLOCK, {**BLOCK, **changes}])
 
 @pytest.mark.parametrize("changes,sentence", [
