@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from raptor.core import RaptorError
 from raptor.probes.heads import (
     ClassificationHead, DepthHead, SegmentationHead, bin_target, depth_loss, masked_cross_entropy, probe_task,
-    scale_invariant_loss
+    over_processes, scale_invariant_loss
 )
 from raptor.probes.metrics import depth_rmse
 
@@ -141,6 +141,51 @@ def test_a_depth_head_can_be_fitted():
     ("out_size", lambda: scale_invariant_loss(torch.ones(1, 2, 2), torch.ones(1, 4, 4)))])
 def test_losses_refuse_what_does_not_fit(match, call):
     with pytest.raises(RaptorError, match=match): call()
+
+# ---- several processes
+
+def shared_losses():
+    "Losses of a batch of four whose halves hold 3 and 20 valid pixels: (loss(prediction, target), prediction, target)."
+    depth, logits = 1 + random(4, 3, 4).abs(), random(4, 5, 3, 4)
+    keep = torch.arange(48).view(4, 3, 4)
+    keep = (keep < 3) | (keep >= 28)
+    metres = torch.where(keep, depth + random(4, 3, 4, seed=1).abs(), 0.)
+    return {"cross-entropy": (masked_cross_entropy, logits, torch.where(keep, torch.arange(48).view(4, 3, 4) % 5, 255)),
+            "scale-invariant": (lambda p, t: scale_invariant_loss(p.abs(), t), depth, metres)}
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.3))
+    def forward(self, loss, prediction, target): return loss(self.scale*prediction, target)
+
+def half_of_a_batch(rank, folder):
+    "One of two processes: its loss and the gradient that DistributedDataParallel gives it."
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    found = {}
+    for name, (loss, *batch) in shared_losses().items():
+        model = torch.nn.parallel.DistributedDataParallel(Scaled())
+        value = model(loss, *(x[2*rank:2*rank + 2] for x in batch))
+        value.backward()
+        found[name] = value.item(), model.module.scale.grad.item()
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+def test_two_processes_have_the_masked_losses_and_gradients_of_one(tmp_path):
+    "Numerators and denominators are summed over processes; a mean of two means would be something else."
+    torch.multiprocessing.spawn(half_of_a_batch, (tmp_path,), nprocs=2)
+    halves = [torch.load(tmp_path/f"{rank}.pt") for rank in (0, 1)]
+    for name, (loss, *batch) in shared_losses().items():
+        model = Scaled()
+        value = model(loss, *batch)
+        value.backward()
+        for half in halves: assert half[name] == pytest.approx((value.item(), model.scale.grad.item()), rel=1e-5)
+        mean = sum(model(loss, *(x[i:i + 2] for x in batch)).item() for i in (0, 2))/2
+        assert mean != pytest.approx(value.item(), rel=1e-2)
+
+def test_one_process_sums_over_itself():
+    x = random(3)
+    assert over_processes(x) is x
 
 # ---- tasks
 

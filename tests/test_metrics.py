@@ -47,10 +47,14 @@ def test_iou_absent_classes_are_nan_per_class_and_out_of_the_mean():
     meter = IoUMeter(150).update(torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).long())
     assert meter.compute() == 1 and np.isnan(meter.per_class()[1:]).all()
 
-def test_depth_rmse_is_a_mean_over_images_of_roots():
+@pytest.mark.parametrize("sizes", [[2], [1, 1]]) # also where a batch, or a process, has seen one image
+def test_depth_rmse_is_one_root_over_the_valid_pixels_of_all_images(sizes):
+    "Four pixels of an image are 1 m off and one of another 3 m; nothing was measured at two, and 11 m is out of range."
     pred, target = torch.zeros(2, 1, 4), torch.tensor([[[1., 1, 1, 1]], [[3., 0, 0, 11]]])
-    assert depth_rmse(pred, target) == pytest.approx((1 + 3)/2)
-    assert DepthMeter().update(pred, target).pooled() == pytest.approx(math.sqrt(13/5))
+    meter = merge_meters([DepthMeter().update(p, t) for p, t in zip(pred.split(sizes), target.split(sizes))])
+    assert meter.compute() == pytest.approx(math.sqrt((4*1 + 9)/5))
+    assert meter.per_image() == pytest.approx((1 + 3)/2)
+    assert depth_rmse(pred, target) == meter.compute()
     assert depth_rmse(pred[1], target[1]) == 3
 
 @pytest.mark.parametrize("true", [0.5, 8.0])
@@ -84,6 +88,19 @@ def test_r2_of_uneven_batches_is_that_of_the_whole_and_not_their_mean():
     mean_of_batches = np.mean([p.compute() for p in parts])
     whole = R2Meter().update(x, y).compute()
     assert merge_meters(parts).compute() == pytest.approx(whole, rel=1e-9) and abs(whole - mean_of_batches) > .1
+
+@pytest.mark.parametrize("given", [0, 1])
+@pytest.mark.parametrize("sizes", [[9], [1, 6, 2]])
+def test_pooled_r2_has_one_mean_of_all_states_and_dimensions(sizes, given):
+    "The paper's definition, written out; a state that is given counts, without an error of its own."
+    y = random(9, 3, 5, 4, seed=5, dtype=torch.float64) + torch.tensor([0., 20, -7, 300])
+    x = y + random(9, 3, 5, 4, seed=6, dtype=torch.float64)
+    x[:, :given] = y[:, :given]
+    meter = merge_meters([R2Meter(given).update(a, b) for a, b in zip(x.split(sizes), y.split(sizes))])
+    expected = 1 - ((x - y).square().sum()/(y - y.mean()).square().sum()).item()
+    assert meter.pooled() == pytest.approx(expected, abs=1e-12)
+    rest = R2Meter().update(x[:, given:], y[:, given:])
+    assert meter.per_layer() == pytest.approx(rest.per_layer()) and meter.pooled() - meter.compute() > .3
 
 def test_r2_survives_means_far_above_the_spread():
     y = random(6, 1, 50, 3, seed=7, dtype=torch.float64)

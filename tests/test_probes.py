@@ -19,7 +19,7 @@ from raptor.probes.train import (
     save_head, train_probe, train_teacher
 )
 from raptor.teacher.backbone import Backbone
-from raptor.train.fit import FitConfig
+from raptor.train.fit import FitConfig, learning_rate
 
 
 class Lamps:
@@ -49,14 +49,20 @@ CONFIG = ProbeConfig(epochs=4, batch_size=32, lr=0.1, warmup=2, log_every=4, aug
 def test_a_linear_problem_is_solved_and_reported():
     head, result, history = train_probe(PassThrough(), "classification", Lamps(), Lamps(64), CONFIG)
     assert result == {"metric": "top1", "best": 1.0, "best_epoch": result["best_epoch"], "last": 1.0, "epochs": 4}
-    assert history.dropna(subset=["top1"]).epoch.tolist() == [1, 2, 3, 4]
+    assert history.dropna(subset=["top1"]).epoch.tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("task,best,epoch,last", [("classification", 0.9, 2, 0.7), ("depth", 0.2, 2, 0.3)])
-def test_best_is_the_first_best_epoch_and_last_is_the_last(task, best, epoch, last):
-    rows = {"epoch": [1, 2, None, 3, 4], "top1": [0.5, 0.9, None, 0.9, 0.7], "rmse": [0.5, 0.2, None, 0.2, 0.3]}
-    result = best_and_last(pd.DataFrame(rows), probe_task(task))
-    assert (result["best"], result["best_epoch"], result["last"], result["epochs"]) == (best, epoch, last, 4)
+ROWS = {"epoch": [0, 1, 2, None, 3, 4], "top1": [0.1, 0.5, 0.9, None, 0.9, 0.7], "rmse": [0.9, 0.5, 0.2, None, 0.2, 0.3],
+        "rmse_per_image": [0.8, 0.1, 0.3, None, 0.4, 0.2]}
+
+@pytest.mark.parametrize("task,changes,expected", [
+    ("classification", {}, dict(best=0.9, best_epoch=2, last=0.7, epochs=4)),
+    ("depth", {}, dict(best=0.2, best_epoch=2, last=0.3, epochs=4, best_rmse_per_image=0.3, last_rmse_per_image=0.2)),
+    ("classification", {"top1": [0.95, 0.5, 0.9, None, 0.9, 0.7]}, dict(best=0.95, best_epoch=0, last=0.7, epochs=4)),
+])
+def test_best_is_the_first_best_epoch_from_0_on_and_last_is_the_last(task, changes, expected):
+    spec = probe_task(task)
+    assert best_and_last(pd.DataFrame(ROWS | changes), spec) == {"metric": spec.metric_name, **expected}
 
 
 def test_features_are_computed_once_when_nothing_changes_and_every_epoch_when_it_does():
@@ -102,6 +108,27 @@ def test_official_weights_are_where_a_head_starts():
     head, _, _ = train_probe(PassThrough(), "classification", Lamps(64), Lamps(64), config, official=(weight, bias))
     torch.testing.assert_close(head.linear.weight.data, weight)
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_an_official_head_is_scored_before_the_first_step_and_can_be_the_best(folder, tmp_path):
+    "A head that is right from its start, and a learning rate that ruins it in its first epoch."
+    weight = torch.cat([torch.zeros(4, 4), torch.eye(4)], 1)
+    config = ProbeConfig(epochs=1, batch_size=32, lr=1e3, warmup=0, clip=None, augment=False, log_every=1)
+    class Mixed(Lamps): # the classes of the first images are wrong in training
+        def get_batch(self, indices): return {**(b := super().get_batch(indices)), "target": (b["target"] + 1) % 4}
+    for _ in range(1 + folder): # the second time, the finished run is only read
+        _, result, history = train_probe(PassThrough(), "classification", Mixed(), Lamps(64), config,
+                                         tmp_path if folder else None, official=(weight, torch.zeros(4)))
+        assert (result["best"], result["best_epoch"], result["epochs"]) == (1.0, 0, 1) and result["last"] < 1
+        assert history[["step", "epoch"]].iloc[0].tolist() == [0, 0] and history["step"].is_unique
+
+
+def test_the_learning_rate_of_the_published_probes():
+    "100 steps from 1 % of 1e-4, then half a cosine to 1 %: step / warm-up, so that the first step has 1 % itself."
+    config = ProbeConfig(epochs=15, batch_size=512, lr=1e-4).for_data(512*300)
+    rates = [learning_rate(s, config) for s in (0, 1, 50, 99, 100, config.steps)]
+    assert rates == pytest.approx([1e-6, 1.99e-6, 50.5e-6, 99.01e-6, 1e-4, 1e-6], rel=1e-9)
+    assert learning_rate(0, replace(config, warmup_start=0.0)) == pytest.approx(1e-6) # (step + 1) / warm-up, as in stage 1
+
 
 def test_the_teacher_is_trained_and_frozen_again():
     seed_everything(0)
@@ -115,7 +142,7 @@ def test_the_teacher_is_trained_and_frozen_again():
     assert not any(p.requires_grad for p in backbone.parameters())
     assert {"classification", "segmentation", "depth", "loss"} <= set(history.columns)
     scores = evaluate_heads(backbone, heads, load_dataset("digit_scenes", "val", "all", limit=32))
-    assert set(scores) == {"top1", "miou", "rmse", "rmse_pooled"} and 0 < scores["rmse"] < 10
+    assert set(scores) == {"top1", "miou", "rmse", "rmse_per_image"} and 0 < scores["rmse"] < 10
 
 
 def test_stochastic_depth_survives_a_restart(tmp_path):
@@ -157,7 +184,10 @@ def test_fidelity_of_a_perfect_and_of_a_constant_model():
     mean = truth.mean((0, 2), keepdim=True).expand(8, -1, 3, -1)
     constant = SimpleNamespace(rollout=lambda state, start, end: mean[:, start:end + 1])
     assert fidelity(oracle, source, device="cpu").compute() == pytest.approx(1)
-    assert fidelity(constant, source, device="cpu").per_layer() == pytest.approx([0, 0, 0], abs=1e-6)
+    meter = fidelity(constant, source, device="cpu")
+    assert meter.per_layer() == pytest.approx([0, 0, 0], abs=1e-6)
+    seen, y = mean[:1].expand_as(truth).clone(), truth
+    assert meter.pooled() == pytest.approx(1 - ((seen - y).square().sum()/(y - y.mean()).square().sum()).item(), rel=1e-5)
 
 
 def test_heads_on_disk(tmp_path):

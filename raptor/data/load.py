@@ -31,6 +31,7 @@ DATASETS = {
     "imagenet": DatasetInfo(_LABEL, (224, 224), splits=_PAPER, folder="imagenet"),
     "ade20k": DatasetInfo(("segmentation",), (518, 518), splits=_PAPER, folder="ADEChallengeData2016"),
     "nyuv2": DatasetInfo(("depth",), (480, 640), splits=_PAPER, folder="nyuv2"),
+    "nyuv2_zoom_out": DatasetInfo(("depth",), (480, 640), splits=_PAPER, folder="nyuv2"), # crops of up to 200 %
     "folder": DatasetInfo(_LABEL, None, folder=""), # the path follows the name
 }
 
@@ -52,7 +53,7 @@ def _open(spec, folder, download):
     from raptor.data.files import ImageFiles, image_folder, list_images
     if spec.kind.startswith("cifar"): return cifar(spec, folder, download)
     if spec.kind == "imagenet": return ImageFiles(spec, folder, *list_images(spec, folder, spec.split))
-    return {"folder": image_folder, "ade20k": ADE20K, "nyuv2": NYUv2}[spec.kind](spec, folder)
+    return {"folder": image_folder, "ade20k": ADE20K}.get(spec.kind, NYUv2)(spec, folder)
 
 # %% ../../nbs/api/data/05_load.ipynb #b4ade8ba
 def load_dataset(name:str, # a key of `DATASETS`, or "folder:PATH"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROBE_TASKS', 'split_tokens', 'ClassificationHead', 'to_map', 'SegmentationHead', 'DepthPrediction', 'DepthHead',
-           'masked_cross_entropy', 'scale_invariant_loss', 'bin_target', 'depth_loss', 'ProbeTask', 'probe_task']
+           'over_processes', 'masked_cross_entropy', 'scale_invariant_loss', 'bin_target', 'depth_loss', 'ProbeTask',
+           'probe_task']
 
 # %% ../../nbs/api/probes/01_heads.ipynb #155dc0f0
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import distributed
 
 from ..core import RaptorError, check_name
 from .metrics import DepthMeter, IoUMeter, TopOneMeter, check_ignore, check_labels
@@ -127,6 +129,15 @@ class DepthHead(nn.Module):
         depth = (logits.softmax(1) * self.centres.view(1, -1, 1, 1)).sum(1)
         return DepthPrediction(logits, to_map(depth.flatten(1)[..., None], fine, out_size)[:, 0], self.centres)
 
+# %% ../../nbs/api/probes/01_heads.ipynb #a61e7fe2
+def over_processes(x:torch.Tensor, # a sum over the part of a batch that this process has
+) -> torch.Tensor: # the sum over all processes that share the batch; of the same shape
+    "The sum over processes, with the gradient whose mean over processes (`DistributedDataParallel`'s) is that of it."
+    if not (distributed.is_available() and distributed.is_initialized()): return x
+    distributed.all_reduce(total := x.detach().clone())
+    own = x*distributed.get_world_size()
+    return own + (total - own).detach()
+
 # %% ../../nbs/api/probes/01_heads.ipynb #af65871f
 def masked_cross_entropy(logits:torch.Tensor, # (B, C) or (B, C, H, W)
     target:torch.Tensor, # (B,) or (B, H, W) integers
@@ -138,7 +149,9 @@ def masked_cross_entropy(logits:torch.Tensor, # (B, C) or (B, C, H, W)
         raise RaptorError(f"logits {tuple(logits.shape)} do not fit {tuple(target.shape)}; pass out_size to the head.")
     target, kept = target.long(), target != ignore
     if target.device.type == "cpu": check_labels(target[kept], logits.shape[1])
-    return F.cross_entropy(logits.float(), target, ignore_index=ignore, reduction="sum") / kept.sum().clamp(min=1)
+    total = F.cross_entropy(logits.float(), target, ignore_index=ignore, reduction="sum")
+    total, n = over_processes(torch.stack([total, kept.sum().float()]))
+    return total/n.detach().clamp(min=1)
 
 # %% ../../nbs/api/probes/01_heads.ipynb #6fbab2c4
 def scale_invariant_loss(depth:torch.Tensor, # (B, H, W) predicted metres, positive
@@ -151,8 +164,9 @@ def scale_invariant_loss(depth:torch.Tensor, # (B, H, W) predicted metres, posit
         raise RaptorError(f"depths {tuple(depth.shape)} do not fit {tuple(target.shape)}; pass out_size to the head.")
     valid = target > 0
     d = torch.where(valid, (depth.float() + eps).log() - (torch.where(valid, target, 1.).float() + eps).log(), 0.)
-    n = valid.sum().clamp(min=1)
-    return 10*(d.square().sum()/n - focus*(d.sum()/n).square())
+    squares, total, n = over_processes(torch.stack([d.square().sum(), d.sum(), valid.sum().float()]))
+    n = n.detach().clamp(min=1)
+    return 10*(squares/n - focus*(total/n).square())
 
 # %% ../../nbs/api/probes/01_heads.ipynb #b5797c12
 def bin_target(target:torch.Tensor, # (B, H, W) metres; 0 or less: not measured
@@ -179,7 +193,7 @@ class ProbeTask:
     make_head:Callable # (backbone, num_classes, **settings) -> head; head(tokens, out_size) -> prediction
     loss:Callable # (prediction, target) -> scalar tensor
     meter:Callable # (num_classes, crop=None) -> a new meter
-    metric_name:str # column of the result tables: top1, miou or rmse
+    metric_name:str # column of the result tables: top1, miou or rmse (pooled over all valid pixels)
     higher_is_better:bool # False for an error
 
     def out_size(self, target:torch.Tensor, # a batch of targets of this task

@@ -141,14 +141,14 @@ def mean_iou(pred:torch.Tensor, # (B, C, H, W) float logits, or (B, H, W) intege
 
 # %% ../../nbs/api/probes/00_metrics.ipynb #643c6ff0
 class DepthMeter(Meter):
-    "Root mean squared depth error in metres, averaged over images."
-    settings, sums = ("crop", "min_depth", "max_depth"), ("rmse", "squares", "pixels")
+    "Root mean squared depth error in metres: one root over all valid pixels of all images."
+    settings, sums = ("crop", "min_depth", "max_depth"), ("roots", "squares", "pixels")
     def __init__(self, crop:tuple|None=None, # (top, bottom, left, right) pixels, ends excluded; None: whole image
         min_depth:float=0.001, # metres; true depths outside the range do not count
         max_depth:float=10.0, # metres
     ):
         self.crop, self.min_depth, self.max_depth = tuple(crop) if crop else None, min_depth, max_depth
-        self.rmse, self.squares, self.pixels = map(_running, ("MeanMetric", "SumMetric", "SumMetric"))
+        self.roots, self.squares, self.pixels = map(_running, ("MeanMetric", "SumMetric", "SumMetric"))
 
     def update(self, prediction, # `DepthPrediction`, or (B, H, W) metres
         target:torch.Tensor, # (B, H, W) metres
@@ -161,19 +161,19 @@ class DepthMeter(Meter):
         count = valid.sum(-1).cpu()
         self.squares.update(square)
         self.pixels.update(count)
-        self.rmse.update((square[count > 0]/count[count > 0]).sqrt())
+        self.roots.update((square[count > 0]/count[count > 0]).sqrt())
         return self
 
     def compute(self) -> float: # metres
         if not self.pixels.sum_value: raise self.missing("no valid depth")
-        return (self.rmse.mean_value/self.rmse.weight).item()
+        return (self.squares.sum_value/self.pixels.sum_value).item()**.5
 
 # %% ../../nbs/api/probes/00_metrics.ipynb #76b98c71
 @patch
-def pooled(self:DepthMeter) -> float: # metres
-    "One root over all valid pixels of all images."
+def per_image(self:DepthMeter) -> float: # metres
+    "The mean over images of the root of each."
     if not self.pixels.sum_value: raise self.missing("no valid depth")
-    return (self.squares.sum_value/self.pixels.sum_value).item()**.5
+    return (self.roots.mean_value/self.roots.weight).item()
 
 @patch
 def cropped(self:DepthMeter, maps): # (B, H, W)
@@ -189,18 +189,20 @@ def depth_rmse(pred:torch.Tensor, # (B, H, W) or (H, W) metres
     target:torch.Tensor, # same shape, metres; 0: not measured
     **settings, # crop, min_depth and max_depth, as in `DepthMeter`
 ) -> float: # metres
-    "Depth error of one batch: root mean square per image, averaged over images."
+    "Depth error of one batch: one root over all its valid pixels."
     return DepthMeter(**settings).update(pred, target).compute()
 
 # %% ../../nbs/api/probes/00_metrics.ipynb #3b02e9ab
 class R2Meter(Meter):
     "Variance explained of every layer of a trajectory, exact over any number of batches."
-    settings = ("shape",)
-    def __init__(self, shape=None, count=0, error=0., mean=0., square=0.):
-        self.shape, self.count, self.error, self.mean, self.square = shape, count, error, mean, square
+    settings = ("shape", "given")
+    def __init__(self, given:int=0, # states at the front that are not predicted; only `pooled` counts them
+        shape=None, count=0, error=0., mean=0., square=0.):
+        self.given, self.shape, self.count = given, shape, count
+        self.error, self.mean, self.square = error, mean, square
 
-    def update(self, prediction:torch.Tensor, # (B, T, N, D) states 1..T of the model
-        target:torch.Tensor, # (B, T, N, D) states 1..T of the teacher
+    def update(self, prediction:torch.Tensor, # (B, T, N, D) states of the model: `given` ones, then the predicted
+        target:torch.Tensor, # (B, T, N, D) the same states of the teacher
     ) -> "R2Meter":
         for states in (prediction, target): self.check(states, target.shape)
         if target.ndim != 4 or not target.numel():
@@ -208,19 +210,24 @@ class R2Meter(Meter):
         b, t, n, d = target.shape
         # One layer at a time: double precision of a whole trajectory would quadruple the memory of the batch.
         sums = zip(*(_layer_sums(*states) for states in zip(prediction.unbind(1), target.unbind(1))))
-        return self.merge(R2Meter((t, d), b*n, *(torch.stack(s).cpu() for s in sums)))
+        return self.merge(R2Meter(self.given, (t, d), b*n, *(torch.stack(s).cpu() for s in sums)))
 
-    def per_layer(self) -> np.ndarray: # (T,) at most 1, negative if worse than the mean
-        "R2 of each layer."
+    def per_layer(self) -> np.ndarray: # (T - given,) at most 1, negative if worse than the mean
+        "R2 of each predicted layer."
         if not self.count: raise self.missing("no trajectory")
-        spread = self.square.sum(1)
+        error, mean, spread = (x[self.given:] for x in (self.error, self.mean, self.square.sum(1)))
         # A constant is not exactly its own mean in float64; real variation of 16-bit states is far above this.
-        if (flat := spread <= 1e-24*self.count*self.mean.square().sum(1)).any():
+        if (flat := spread <= 1e-24*self.count*mean.square().sum(1)).any():
             raise RaptorError("R2 is undefined where the target does not vary (layer "
                               f"{int(flat.nonzero()[0]) + 1} of {len(flat)}); score more than one distinct token.")
-        return (1 - self.error/spread).numpy()
+        return (1 - error/spread).numpy()
 
     def compute(self) -> float: return float(self.per_layer().mean()) # mean over the layers
+
+    def pooled(self) -> float: # the paper's definition: of all states together, about one mean of all dimensions
+        self.per_layer() # raises where it is undefined
+        spread = self.square.sum() + self.count*(self.mean - self.mean.mean()).square().sum()
+        return float(1 - self.error.sum()/spread)
 
 # %% ../../nbs/api/probes/00_metrics.ipynb #9133320f
 def _layer_sums(prediction, target):

@@ -114,7 +114,7 @@ def evaluate_heads(model, # with .features(images)
     crop:tuple|None=None, # (top, bottom, left, right) for depth; default: the whole image
     batch_size:int=256, # images of a forward pass; the scores do not depend on it
     workers:int=0, # processes that fetch images
-) -> dict: # {metric name: score}, and rmse_pooled for depth
+) -> dict: # {metric name: score}, and rmse_per_image for depth
     "Score heads on a dataset; each head in evaluation mode, each score exact over the whole split."
     objective = ProbeObjective(model, heads).eval()
     meters = {n: probe_task(n).meter(head.linear.out_features, crop=crop) for n, head in heads.items()}
@@ -122,7 +122,7 @@ def evaluate_heads(model, # with .features(images)
     for batch in prefetch(ordered_batches(dataset, batch_size, workers), device):
         for name, _, prediction, target in objective.predictions(batch): meters[name].update(prediction, target)
     scores = {probe_task(n).metric_name: m.compute() for n, m in meters.items()}
-    return scores | ({"rmse_pooled": meters["depth"].pooled()} if "depth" in meters else {})
+    return scores | ({"rmse_per_image": meters["depth"].per_image()} if "depth" in meters else {})
 
 def _fit_heads(model, heads, train, config, folder, evaluate, made_for, weights=None, workers=0) -> pd.DataFrame:
     "Train heads (and the model, if it is not frozen) on `train`."
@@ -143,12 +143,13 @@ def train_probe(model:nn.Module, # with .features(images): a Backbone or a Rapto
     folder:str|Path|None=None, # for the checkpoint
     *,
     settings:dict|None=None, # of the head, e.g. {"bins": 32} for depth
-    official:tuple|None=None, # (weight, bias) that a classification head starts from
+    official:tuple|None=None, # (weight, bias) that a classification head starts from; scored as epoch 0
     workers:int=0, # processes that decode images
 ) -> tuple[nn.Module, dict, pd.DataFrame]: # the head; {metric, best, best_epoch, last, ...}; the history
     "Train one head on a frozen model; report the score of the best and of the last epoch on `test`."
     spec, config, size, crop = probe_task(task), config.for_data(len(train)), config.eval_batch_size, test.eval_crop
-    model.requires_grad_(False).eval() # a Raptor that was just loaded is still trainable
+    device = make_accelerator(config.precision).device
+    model.to(device).requires_grad_(False).eval() # a Raptor that was just loaded is still trainable
     head = spec.make_head(model, train.num_classes, **(settings or {}))
     if official: head.load_official(*official)
     made_for = [task, settings, model.fingerprint, train.fingerprint, test.fingerprint]
@@ -159,19 +160,23 @@ def train_probe(model:nn.Module, # with .features(images): a Backbone or a Rapto
     def evaluate(step):
         scores = evaluate_heads(model, {task: head}, test, crop=crop, batch_size=size, workers=workers)
         return {"epoch": step // config.eval_every, **scores}
+    head.to(device)
+    first = pd.DataFrame([{"step": 0, **evaluate(0)}]) # again after a restart: `fit` restores no start
     history = _fit_heads(model, {task: head}, train, config, folder, evaluate, made_for, workers=workers)
+    history = pd.concat([first, history], ignore_index=True)
     return head, best_and_last(history, spec), history
 
 # %% ../../nbs/api/probes/02_train.ipynb #2d9368f3
 def best_and_last(history:pd.DataFrame, # with columns epoch and the task's metric; rows without a score are skipped
     spec:ProbeTask, # says whether higher is better
-) -> dict: # metric, best, best_epoch, last, epochs
-    "The first best and the last epoch of a history."
-    metric = spec.metric_name
+) -> dict: # metric, best, best_epoch, last, epochs; for depth also best_rmse_per_image, last_rmse_per_image
+    "The first best epoch of a history, which may be 0, and the last; a second score of the task at both."
+    metric, second = spec.metric_name, f"{spec.metric_name}_per_image"
     rows = history.dropna(subset=[metric])
-    best = rows.loc[rows[metric].idxmax() if spec.higher_is_better else rows[metric].idxmin()]
+    best, last = rows.loc[rows[metric].idxmax() if spec.higher_is_better else rows[metric].idxmin()], rows.iloc[-1]
+    more = {f"{which}_{second}": row[second] for which, row in (("best", best), ("last", last)) if second in rows}
     return {"metric": metric, "best": best[metric], "best_epoch": int(best["epoch"]),
-            "last": rows[metric].iloc[-1], "epochs": int(rows["epoch"].iloc[-1])}
+            "last": last[metric], "epochs": int(last["epoch"]), **more}
 
 # %% ../../nbs/api/probes/02_train.ipynb #82c704ed
 @contextmanager
@@ -247,9 +252,9 @@ def fidelity(raptor, # with .rollout(state, start, end)
     end:int|None=None, # last state; None: depth
     batch_size:int=256, # images of a rollout; the result does not depend on it
     device=None, # where the model is; None: the device of its parameters
-) -> R2Meter: # .per_layer() for start+1..end, .compute() their mean
+) -> R2Meter: # .per_layer() for start+1..end, .compute() their mean, .pooled() the paper's definition
     "R2 of a rollout against the teacher's states, exact over the source."
-    device, end, meter = device or next(raptor.parameters()).device, end or source.depth, R2Meter()
+    device, end, meter = device or next(raptor.parameters()).device, end or source.depth, R2Meter(given=1)
     for states in source.batches(batch_size, start=start, end=end, device=device):
-        meter.update(raptor.rollout(states[:, 0], start, end)[:, 1:], states[:, 1:])
+        meter.update(raptor.rollout(states[:, 0], start, end), states)
     return meter

@@ -59,8 +59,9 @@ def learning_rate(step:int, # 0-based
     config:FitConfig, # lr, min_lr, warmup, warmup_start, schedule, steps
 ) -> float: # 0..lr
     "Linear warm-up, then half a cosine down to `min_lr` (or constant)."
-    if step < config.warmup:
-        return config.lr * (config.warmup_start + (1 - config.warmup_start) * (step + 1) / config.warmup)
+    if step < config.warmup: # from 0 the first step would be lost: it is one ahead
+        start, done = config.warmup_start, (step + (not config.warmup_start)) / config.warmup
+        return config.lr * (start + (1 - start) * done)
     if config.schedule == "constant": return config.lr
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
