@@ -37,8 +37,9 @@ CHANGES = {"experts": Experts, "low_rank": LowRank, "vectors": Vectors} # of wei
 
 def _check_steps(steps):
     for step in steps:
-        ok = len(step) == 2 and all(type(s) is int for s in step) and 0 <= step[0] < step[1] <= MAX_DEPTH
-        if not ok: raise RaptorError(f"step {step} is no pair (start, end) of states with 0 <= start < end.")
+        pair = isinstance(step, tuple) and len(step) == 2 and all(type(s) is int for s in step)
+        if not pair or not 0 <= step[0] < step[1] <= MAX_DEPTH:
+            raise RaptorError(f"step {step} is no pair (start, end) of states with 0 <= start < end.")
     if len(set(steps)) < len(steps) or len(steps) > 8*MAX_DEPTH:
         raise RaptorError(f"the {len(steps)} steps of a block must differ, and there are at most {8*MAX_DEPTH}.")
 
@@ -62,6 +63,8 @@ class BlockConfig:
     def __post_init__(self):
         if self.hidden is None and isinstance(self.dim, int): object.__setattr__(self, "hidden", 4*self.dim)
         for name in ("conditioning", "steps"): # lists in JSON
+            if not isinstance(getattr(self, name), (list, tuple)):
+                raise RaptorError(f"{name} is {str(getattr(self, name))[:40]!r}, and must be a list.")
             values = tuple(tuple(v) if isinstance(v, list) else v for v in getattr(self, name))
             object.__setattr__(self, name, values)
         for name, most in (("dim", MAX_WIDTH), ("num_heads", MAX_WIDTH), ("hidden", 8*MAX_WIDTH), ("experts", 64)):
@@ -169,7 +172,7 @@ class RecurrentBlock(Recurrence):
         depths = torch.tensor([end for _, end in steps], device=inputs.device)
         return self(inputs.flatten(0, 1), depths.repeat(B)).unflatten(0, (B, n))
 
-# %% ../../nbs/api/model/02_block.ipynb #c0f623d6
+# %% ../../nbs/api/model/02_block.ipynb #ab93e187
 @patch
 def own_weights(self:RecurrentBlock) -> dict: # name -> Tensor
     "The weights that all steps share."
@@ -200,7 +203,7 @@ def train(self:RecurrentBlock, mode:bool=True):
     self._merged, self._mark = {}, None
     return nn.Module.train(self, mode)
 
-# %% ../../nbs/api/model/02_block.ipynb #6cd96f94
+# %% ../../nbs/api/model/02_block.ipynb #21b56f0e
 def _fill(block, layers, first):
     "Write a teacher's layers first+1, first+2, ... into the conditioning of a block whose own weights are set."
     with torch.no_grad():
