@@ -48,12 +48,17 @@ def check_name(name:str, # what the user asked for
 def home_root(root:str|Path|None=None, # takes precedence over the environment
 ) -> Path: # absolute path, not necessarily existing
     "The folder that runs write to: `root`, else `RAPTOR_HOME`, else `~/raptor-runs`."
-    return Path(root or os.environ.get("RAPTOR_HOME") or Path.home()/"raptor-runs").expanduser().absolute()
+    return _absolute(root or os.environ.get("RAPTOR_HOME") or "~/raptor-runs", "RAPTOR_HOME")
 
 def data_root(root:str|Path|None=None, # takes precedence over the environment
 ) -> Path: # absolute path, not necessarily existing
     "The folder that datasets are read from: `root`, else `RAPTOR_DATA`, else `~/raptor-data`."
-    return Path(root or os.environ.get("RAPTOR_DATA") or Path.home()/"raptor-data").expanduser().absolute()
+    return _absolute(root or os.environ.get("RAPTOR_DATA") or "~/raptor-data", "RAPTOR_DATA")
+
+def _absolute(path, variable:str) -> Path:
+    try: return Path(path).expanduser().absolute()
+    except (RuntimeError, FileNotFoundError) as e: # no home folder, or a working folder that was deleted
+        raise RaptorError(f"{path} does not lead to a folder ({e}); set {variable} to an absolute path.") from e
 
 def paper_root() -> Path: # absolute path, existing: `raptor/paper` when installed, `nbs/paper` in a checkout
     "The folder of the paper's notebooks, presets, Snakefile and published numbers."
@@ -98,8 +103,7 @@ def seed_everything(seed:int, # any integer; the same seed on the same machine g
 def seed_for(*labels, # strings and integers that say what the randomness is for
 ) -> int: # 0 <= seed < 2**63
     "A seed that is a pure function of `labels`: SHA-256 of their JSON, cut to 63 bits."
-    digest = hashlib.sha256(json.dumps(labels).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(json.dumps(labels).encode()).digest()[:8], "big") >> 1
 
 # %% ../nbs/api/00_core.ipynb #048874cf
 def fingerprint(value, # anything JSON can hold; paths and tuples are written as strings and lists
@@ -215,8 +219,8 @@ def code_version() -> str: # for example "0.1.0+3f2c1ab" or "0.1.0"
     def git(*a): return subprocess.run(["git", "-C", str(here), *a], capture_output=True, text=True)
     try:
         if git("ls-files", "--error-unmatch", str(here/"core.py")).returncode: return __version__
-        commit = git("rev-parse", "--short=9", "HEAD").stdout.strip()
-        dirty = git("status", "--porcelain", "--untracked-files=no", "--", str(here)).stdout.strip()
+        commit, code = git("rev-parse", "--short=9", "HEAD").stdout.strip(), [str(here), str(paper_root())]
+        dirty = git("status", "--porcelain", "-uno", "--", *code, ":(exclude,top)nbs/paper/results").stdout.strip()
     except FileNotFoundError: return __version__ # git is not installed
     return f"{__version__}+{commit}{'-dirty' if dirty else ''}"
 
@@ -258,12 +262,10 @@ def mixed_precision(precision:str="auto", # auto | no | bf16 | fp16
     "The precision to pass to Accelerate: `auto` is bfloat16 where the hardware has it, else full precision."
     if check_name(precision, ("auto", "no", "bf16", "fp16"), "precision") != "auto": return precision
     import torch
+    flags = _cpu_info().get("flags", _cpu_info().get("features", "")).split() # instruction-set extensions
     if torch.cuda.is_available(): native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else: native = _cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}
+    else: native = {"avx512_bf16", "amx_bf16", "bf16"} & set(flags)
     return "bf16" if native else "no"
-
-def _cpu_flags() -> set: # instruction-set extensions
-    return set((_cpu_info().get("flags") or _cpu_info().get("features") or "").split())
 
 # %% ../nbs/api/00_core.ipynb #42d24a91
 def document(obj, # a function or a class, changed in place; anything else is left alone

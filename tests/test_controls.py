@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raptor.model.block import save_block
-from raptor.study.controls import ABLATION, control_k, control_runs, random_partitions
+from raptor.study.controls import ABLATION, block_runs, control_k, control_runs, random_partitions
 from raptor.core import RaptorError
 from raptor.study.experiments import (
     assess, cached_source, order_accuracy, own_scores, test_images as images_of, train_one_stage, train_snapshots,
@@ -18,7 +18,7 @@ from raptor.study.experiments import (
 from raptor.model.as_backbone import RaptorBackbone
 from raptor.model.raptor import Raptor
 from raptor.phases import FragmentedPhases, Phases
-from raptor.study.presets import block_runs, load_preset, preset_path
+from raptor.study.presets import load_preset, preset_path
 from raptor.study.results import published
 from raptor.study.study import Study
 from raptor.train.stages import TrainConfig

@@ -1,6 +1,8 @@
 "Digits, digit scenes and what all datasets share."
 import hashlib, subprocess, sys
 
+from types import SimpleNamespace
+
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -44,7 +46,7 @@ def test_enlarged_three_times_the_middle_of_each_block_is_the_scan():
 
 
 def test_augmented_digit_is_a_shift_by_at_most_two_pixels():
-    plain, moved = load_dataset("digits", "train", train_transform=False), load_dataset("digits", "train")
+    plain, moved = load_dataset("digits", "train", augment=False), load_dataset("digits", "train")
     padded = F.pad(plain[3]["image"], (2,)*4, value=-plain.mean[0]/plain.std[0])
     windows = [padded[:, y:y + 24, x:x + 24] for y in range(5) for x in range(5)]
     seen = set()
@@ -59,7 +61,7 @@ def test_augmented_digit_is_a_shift_by_at_most_two_pixels():
 
 def test_normalised_training_sets_have_mean_0_and_std_1():
     for name in ("digits", "digit_scenes"):
-        x = load_dataset(name, "train", train_transform=False).get_batch(range(1000))["image"]
+        x = load_dataset(name, "train", augment=False).get_batch(range(1000))["image"]
         assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02
         assert torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])
 
@@ -195,7 +197,7 @@ def test_seed_and_split_change_the_scenes():
 
 
 def test_epochs_draw_new_scenes_only_in_training():
-    fixed, fresh = (load_dataset("digit_scenes", "train", limit=40, train_transform=t) for t in (False, True))
+    fixed, fresh = (load_dataset("digit_scenes", "train", limit=40, augment=t) for t in (False, True))
     first = fixed.images
     assert torch.equal(fresh.images, first) # epoch 0 is the fixed set
     for data in (fixed, fresh): data.set_epoch(3)
@@ -275,8 +277,8 @@ def test_normalisation_and_size_can_be_set():
 
 def test_fingerprint_follows_what_decides_the_pixels():
     base = dict(name="digit_scenes", split="train", limit=10)
-    variants = [{}, {"split": "val", "train_transform": True}, {"size": 48}, {"limit": 11}, {"seed": 1},
-        {"train_transform": False}, {"mean": (0, 0, 0)}, {"name": "digits"}]
+    variants = [{}, {"split": "val", "augment": True}, {"size": 48}, {"limit": 11}, {"seed": 1},
+        {"augment": False}, {"mean": (0, 0, 0)}, {"name": "digits"}]
     prints = [load_dataset(**{**base, **v}).fingerprint for v in variants]
     assert len(set(prints)) == len(variants)
     assert load_dataset(**base, task="depth").fingerprint == prints[0]
@@ -295,7 +297,7 @@ def test_digits_need_neither_torchvision_nor_pillow():
 @pytest.mark.parametrize("arguments, said", [
     (dict(name="digits:x", split="train"), "digits"),
     (dict(name="digits", split="valid"), "'val'"),
-    (dict(name="nyuv2", split="test", task="depth"), "split of nyuv2"),
+    (dict(name="nyuv2", split="test", task="depth"), "nyuv2 has no split 'test'; use 'val'"),
     (dict(name="nyuv2", split="val"), "it has depth."),
     (dict(name="cifar10", split="val", task="all"), "it has classification."),
     (dict(name="digits", split="val", limit=-1), "limit=-1"),
@@ -307,3 +309,26 @@ def test_digits_need_neither_torchvision_nor_pillow():
 def test_wrong_requests_are_errors(arguments, said):
     with pytest.raises(RaptorError, match=said.replace(".", r"\.")) as e: load_dataset(**arguments)
     assert "\n" not in str(e.value)
+
+
+# --- images for a teacher ---
+
+given = dict(img_size=(16, 16), mean=(.5, .4, .3), std=(.2, .3, .4))
+
+@pytest.mark.parametrize("teacher, asked, got", [
+    (given, {}, ((16, 16), (.5, .4, .3), (.2, .3, .4), False)), (given, {"augment": True}, ((16, 16), (.5, .4, .3), (.2, .3, .4), True)),
+    ({**given, "img_size": 16}, {}, ((16, 16), (.5, .4, .3), (.2, .3, .4), False)), (given, {"size": 16}, ((16, 16), (.5, .4, .3), (.2, .3, .4), False)),
+    (dict(img_size=None, mean=None, std=None), {}, ((24, 24), (0.157,)*3, (0.290,)*3, False)),
+    (None, {}, ((24, 24), (0.157,)*3, (0.290,)*3, True)), (None, {"augment": False}, ((24, 24), (0.157,)*3, (0.290,)*3, False))])
+def test_a_dataset_is_opened_as_the_teacher_takes_it(teacher, asked, got):
+    data = load_dataset("digit_scenes", "train", limit=20, teacher=teacher and SimpleNamespace(**teacher), **asked)
+    assert (data.size, data.mean, data.std, data.augmented) == got
+    plain = load_dataset("digit_scenes", "train", limit=20, augment=got[3], size=got[0], mean=got[1], std=got[2])
+    assert data.fingerprint == plain.fingerprint and torch.equal(data[3]["image"], plain[3]["image"])
+
+
+@pytest.mark.parametrize("asked, said", [
+    ({"size": 24}, r"have size \(24, 24\) and the teacher takes \(16, 16\)"), ({"mean": (.5,)*3}, r"have mean \(0.5, 0.5, 0.5\)"),
+    ({"std": (.2, .3, .5)}, r"have std .*open them with load_dataset\(..., teacher=...\)"), ({"teacher": object()}, "object has no img_size and no mean")])
+def test_what_contradicts_the_teacher_is_refused(asked, said):
+    with pytest.raises(RaptorError, match=said): load_dataset("digits", "train", **{"teacher": SimpleNamespace(**given), **asked})

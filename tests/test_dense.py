@@ -280,7 +280,7 @@ def test_jitter_is_on_in_training_only_and_repeatable(nyu):
     # contrast is about a mean, and a mean differs in its last bit with the number of threads: a worker has one
     torch.testing.assert_close(batch["image"][0], item["image"], rtol=0, atol=1e-6)
     assert not torch.allclose(batch["image"][1], item["image"], rtol=0, atol=1e-2)
-    plain = nyuv2("train", nyu, train_transform=False)
+    plain = nyuv2("train", nyu, augment=False)
     plain.set_epoch(9)
     assert torch.equal(plain[0]["image"], nyuv2("val", nyu)[0]["image"])
 

@@ -13,6 +13,8 @@ from safetensors import safe_open
 
 from raptor.core import RaptorError, seed_everything, seed_for
 from raptor.model.block import RecurrentBlock
+from raptor.model.raptor import Raptor
+from raptor.phases import Phases
 from raptor.train.fit import Trainer, fit, make_accelerator
 from raptor.train.stages import TrainConfig, train_span
 
@@ -46,6 +48,32 @@ def train(folder, **source):
     return history, evaluated, block
 
 
+def train_part():
+    "Half of a Raptor with each loss: its second block serves no layer of the span."
+    def once(loss):
+        seed_everything(1)
+        raptor = Raptor.create(Phases((2, 4)), 8, 2, layer_scale=0.1)
+        before = raptor.blocks[1].qkv.weight.clone()
+        history = train_span(Shrinking(), raptor, (0, 2), TrainConfig(steps=6, batch_size=8, warmup=0, log_every=2, loss=loss))
+        assert torch.equal(raptor.blocks[1].qkv.weight, before)
+        return history
+    return {loss: once(loss) for loss in ("mse", "weighted", "cosine", "mse+cosine")}
+
+
+def train_aside():
+    "An objective with a parameter that no loss reaches, as a timm model has that keeps its head."
+    class Aside(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.aside = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+        def forward(self, x, step): return {"loss": self.used(x).square().mean()}
+    seed_everything(1)
+    objective = Aside()
+    before = objective.aside.weight.clone()
+    fit(objective, lambda *_: iter(torch.ones(3, 4, 2)), TrainConfig(steps=3, batch_size=8, warmup=0, checkpoint_every=0))
+    assert torch.equal(objective.aside.weight, before)
+
+
 def worker(folder):
     "What each of two processes does."
     rank, folder = make_accelerator().process_index, Path(folder)
@@ -54,7 +82,10 @@ def worker(folder):
     train(folder/"from_two", cut=13)
     with pytest.raises(RaptorError, match="cannot be shared evenly by 2 processes"):
         fit(block, None, TrainConfig(batch_size=7))
-    result = {"whole": whole.to_dict("list"), "went_on": went_on.to_dict("list"), "evaluated": evaluated}
+    part = train_part()
+    train_aside()
+    result = {"whole": whole.to_dict("list"), "went_on": went_on.to_dict("list"), "evaluated": evaluated,
+              "part": {loss: history.to_dict("list") for loss, history in part.items()}}
     (folder/f"rank{rank}.json").write_text(json.dumps(result))
     if not rank: torch.save(block.state_dict(), folder/"block.pt")
 
@@ -95,6 +126,12 @@ def test_two_processes_give_the_losses_of_one(alone, together):
     theirs.load_state_dict(torch.load(folder/"block.pt", weights_only=True))
     with torch.no_grad(): two, one = theirs.rollout(x, 0, 4), alone[2].rollout(x, 0, 4)
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_and_parameters_without_a_loss_and_every_loss_are_those_of_one_process(together):
+    alone = train_part()
+    for rank in together[1]:
+        for loss, history in alone.items(): close(rank["part"][loss], history)
 
 
 def test_one_process_evaluates_and_all_know(alone, together):

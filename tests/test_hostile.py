@@ -1,7 +1,7 @@
 """Files from somebody else: a pickle in the place of what belongs there does not run, and sizes that a file only claims are never made.
 
 The same for author checkpoints is in test_import.py, for weights of a backbone and linear heads in test_backbone.py, for lists of images in test_paper_scale.py."""
-import json, os, pickle, resource, struct
+import errno, json, os, pickle, resource, struct
 
 import numpy as np, pytest, torch, yaml
 from safetensors.torch import load_file, save_file
@@ -12,7 +12,7 @@ from raptor.model.block import RecurrentBlock, load_block, save_block
 from raptor.trajectories.cache import CachedTrajectories, CacheSpec
 from raptor.trajectories.live import begin_cache, finish_cache, write_chunk
 from raptor.core import RaptorError
-from raptor.train.fit import load_checkpoint, save_checkpoint
+from raptor.train.checkpoint import load_checkpoint, save_checkpoint
 from raptor.probes.heads import probe_task
 from raptor.model.raptor import Raptor
 from raptor.phases import Phases
@@ -97,6 +97,32 @@ def test_the_pickle_would_run(tmp_path):
     "The command that the tests below are about works where it is let run."
     pickle.loads(pickle.dumps(Command(tmp_path/"ran")))
     assert (tmp_path/"ran").exists()
+
+
+WEIGHTS = ["head", "checkpoint", "block", "raptor, weights"]
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("place", [-1, -9])
+def test_a_flipped_bit_among_the_numbers_is_noticed(tmp_path, name, place):
+    write, file, read = LOADERS[name]
+    write(tmp_path)
+    raw = bytearray((tmp_path/file).read_bytes())
+    raw[place] ^= 1
+    (tmp_path/file).write_bytes(raw)
+    refused(read, tmp_path, f"{file} is damaged .*differ from the digest")
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS, "raptor, config"])
+def test_a_file_of_another_user_is_not_called_damaged(tmp_path, monkeypatch, name):
+    write, file, read = LOADERS[name]
+    write(tmp_path)
+    usual = os.open
+    def denied(path, *rest, **more):
+        if str(path).endswith(file): raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path, *rest, **more)
+    monkeypatch.setattr(os, "open", denied)
+    with pytest.raises(RaptorError, match=rf"{file} is not readable \(permission denied\); change its") as e: read(tmp_path)
+    assert "damaged" not in str(e.value)
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch.save", "torch.save, old", "numpy"])
@@ -224,6 +250,9 @@ def change_cache(folder, **fields):
     (dict(layers=[-3, 2]), "not a span"), (dict(layers=[0, 1.0]), "layers.1 .*valid integer"),
     (dict(num_prefix=10**9), "prefix"), (dict(num_prefix="1"), "prefix"), (dict(has_cls=1), "has_cls"),
     (dict(dtype="object"), "dtype"), (dict(targets="O"), "targets"), (dict(targets=["int64"]), "targets"),
+    (dict(checksums=7), "no checksum for each file"), (dict(checksums="00"), "no checksum for each file"),
+    (dict(checksums=[0]*8), "no checksum for each file"), (dict(checksums="zz"*32), "no checksum for each file"),
+    (dict(checksums="0"*64), "is not the one"), (dict(augmented=1), "augmented"), (dict(owner=3), "owner"),
     (dict(fingerprint=3), "fingerprint .*valid string"), ({"evil\nkey": 1}, "evil key")])
 def test_a_cache_that_is_larger_than_its_files(tmp_path, fields, sentence):
     folder = make_cache(tmp_path/"cache")
@@ -266,7 +295,7 @@ def test_weights_that_lie_about_their_grid(tmp_path, grid):
 @pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a/b", ".."])
 def test_a_preset_cannot_name_a_folder_outside_its_study(tmp_path, name):
     values = yaml.safe_load(preset_path("smoke").read_text())
-    (tmp_path/"mine.yaml").write_text(yaml.safe_dump({**values, "extra_models": {name: {"name": "vit_nano_patch4_reg4_24"}}}))
+    (tmp_path/"mine.yaml").write_text(yaml.safe_dump({**values, "extra_models": {name: {"name": "vit_nano_patch4_reg4_24", "random": True}}}))
     refused(load_preset, tmp_path/"mine.yaml", "extra_models")
 
 

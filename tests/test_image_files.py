@@ -1,5 +1,5 @@
 "CIFAR, ImageNet and folders, on files made here."
-import errno, hashlib, pickle, shutil, tarfile, tempfile, threading, warnings
+import errno, hashlib, io, os, pickle, re, shutil, tarfile, tempfile, threading, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from raptor.core import RaptorError
-from raptor.data import files as image_files
+from raptor.data import files as image_files, folders
 from raptor.data.load import load_dataset
 from raptor.data.base import DatasetSpec
 from raptor.data.cifar import SOURCES
@@ -83,7 +83,7 @@ def test_cifar_augmentation_is_a_function_of_seed_epoch_and_index(cifar):
     b.set_epoch(1)
     assert not torch.equal(b[18]["image"], first)
     assert not torch.equal(load_dataset("cifar10", "train", root=cifar, seed=1)[18]["image"], first)
-    plain = load_dataset("cifar10", "train", root=cifar, train_transform=False)
+    plain = load_dataset("cifar10", "train", root=cifar, augment=False)
     seen = set()
     pad = torch.nn.functional.pad(plain.images[18], (4,)*4)
     for epoch in range(12): # shift up to four, mirrored or not
@@ -108,7 +108,7 @@ def test_cifar_at_another_size_is_resized_as_drawn(cifar):
 def test_limit_keeps_all_classes_in_view(cifar):
     data = load_dataset("cifar10", "train", root=cifar, limit=60)
     assert len(data) == 60 and len(set(data.labels.tolist())) >= 9
-    again = load_dataset("cifar10", "train", root=cifar, limit=60, train_transform=False)
+    again = load_dataset("cifar10", "train", root=cifar, limit=60, augment=False)
     assert torch.equal(data.labels, again.labels) and len(again.images) == 60
 
 
@@ -150,7 +150,7 @@ def write_archive(folder, kind, monkeypatch):
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
 def test_archives_are_unpacked_and_read(tmp_path, monkeypatch, kind):
     write_archive(tmp_path/kind, kind, monkeypatch)
-    train, val, test = (load_dataset(kind, s, root=tmp_path, train_transform=False) for s in ("train", "val", "test"))
+    train, val, test = (load_dataset(kind, s, root=tmp_path, augment=False) for s in ("train", "val", "test"))
     assert (tmp_path/kind/SOURCES[kind].base_folder).is_dir()
     assert (len(train), len(val), len(test)) == (40, 0, 10) # a tenth of four is none
     assert train.images[7, :, 31, 0].tolist() == [7, 14, 21] and train.labels.tolist() == [*range(10)]*4
@@ -271,11 +271,11 @@ def test_every_pillow_mode_gives_three_channels(tmp_path, mode):
 # --- folders --------------------------------------------------------------------------------------
 
 def test_hash_split_is_fixed_and_about_80_10_10():
-    counts = Counter(image_files._hash_split(f"class/{i:05}.png") for i in range(5000))
+    counts = Counter(folders._hash_split(f"class/{i:05}.png") for i in range(5000))
     assert abs(counts["train"] - 4000) < 120 and abs(counts["val"] - 500) < 90 and sum(counts.values()) == 5000
     for path in ("cat/1.png", "dog/é.jpg"):
         digit = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 10
-        assert image_files._hash_split(path) == {8: "val", 9: "test"}.get(digit, "train")
+        assert folders._hash_split(path) == {8: "val", 9: "test"}.get(digit, "train")
 
 
 def test_folder_without_splits_is_divided_and_files_never_move(tmp_path):
@@ -298,7 +298,169 @@ def test_folder_with_splits_and_odd_names(tmp_path):
     assert train.class_names == ("cat", "ein Hund") and train.labels.tolist() == [0, 1]
     assert train.images[:, 0, 0, 0].tolist() == [8, 7]
     assert val.labels.tolist() == [0] and val.size == (16, 16) and val.name == f"folder:{tmp_path.name}"
-    with pytest.raises(RaptorError, match="no class folders in .*test"): load_dataset(f"folder:{tmp_path}", "test")
+    said = r"holds train/, val/ and nothing for the split 'test'; use 'val' \(in a preset, data: \{test_split: val\}\)"
+    with pytest.raises(RaptorError, match=said): load_dataset(f"folder:{tmp_path}", "test")
+    with pytest.raises(RaptorError, match="imagenet has no split 'test'; use 'val'"): load_dataset("imagenet", "test")
+
+
+def quiet(name, split, **kwargs): # without warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return load_dataset(name, split, **kwargs)
+
+
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Train", "VAL", "Test"), ("training", "valid", "testing"), ("Training", "Validation", "TEST")])
+def test_split_folders_by_their_usual_names(tmp_path, names):
+    for i, name in enumerate(names):
+        for c in ("cat", "dog"): save(tmp_path/name/c/"1.png", grey(10*i))
+    for i, split in enumerate(("train", "val", "test")):
+        data = quiet(f"folder:{tmp_path}", split)
+        assert data.class_names == ("cat", "dog") and data.images[:, 0, 0, 0].tolist() == [10*i]*2
+
+
+def test_two_folders_for_one_split_are_an_error(tmp_path):
+    for name in ("val", "Validation"): save(tmp_path/name/"cat"/"1.png", grey(1))
+    with pytest.raises(RaptorError, match="has both Validation/ and val/; keep one"): load_dataset(f"folder:{tmp_path}", "val")
+
+
+def test_a_class_may_be_named_like_a_split(tmp_path):
+    for name in ("bus", "car", "train"):
+        for j in range(9): save(tmp_path/name/f"{j}.png", grey(j))
+    assert quiet(f"folder:{tmp_path}", "train").class_names == ("bus", "car", "train")
+
+
+LEFT_OUT = { # file -> what a warning says of it; None: nothing, for nobody means it
+    "cat/.ipynb_checkpoints/3-checkpoint.png": None, ".cache/cat/1.png": None, "cat/a/.b/1.png": None, "cat/._1.png": None,
+    "__MACOSX/cat/1.png": None, "cat/@eaDir/1.png": None, "cat/1.heic": "passed over 1 files .1 .heic.; read are .bmp",
+    "cat/a/b/c.avif": ".1 .avif.", "cat/Thumbs.db": ".1 .db.", "cat/README": ".1 without suffix.",
+    "9.png": ".1 .png.", "dog": ".1 without suffix."} # beside the class folders; a file in the place of one
+
+@pytest.mark.parametrize("file, said", LEFT_OUT.items(), ids=LEFT_OUT)
+@pytest.mark.parametrize("above", ["", "val/"])
+def test_what_is_no_image_of_a_class_is_left_out(tmp_path, above, file, said):
+    for j in range(20): save(tmp_path/f"{above}cat/{j}.png", grey(7))
+    save(tmp_path/"x.png", grey(9))
+    (tmp_path/above/file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path/"x.png").rename(tmp_path/above/file)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sets = [load_dataset(f"folder:{tmp_path}", s) for s in (("val",) if above else ("train", "val", "test"))]
+    assert sum(map(len, sets)) == 20 and {x.class_names for x in sets} == {("cat",)}
+    assert bool(caught) == bool(said) and all(re.search(said, str(w.message)) for w in caught)
+
+
+@pytest.mark.parametrize("empty, said", [
+    ({}, "dog holds no images; read are .bmp .gif .jpeg"), ({"a.heic": 3}, "dog holds no images, but 3 .heic, passed over"),
+    ({".hidden.png": 1}, "dog holds no images; ")])
+def test_a_class_folder_without_images_is_an_error(tmp_path, empty, said):
+    save(tmp_path/"train/cat/1.png", grey(1)); (tmp_path/"train/dog").mkdir(); (tmp_path/"train/cow").mkdir()
+    save(tmp_path/"train/cow/1.png", grey(1)); save(tmp_path/"val/cat/1.png", grey(1))
+    for name, n in empty.items():
+        for i in range(n): (tmp_path/"train/dog"/(name if n == 1 else f"{i}{name}")).touch()
+    with pytest.raises(RaptorError, match=said): load_dataset(f"folder:{tmp_path}", "train")
+    with pytest.warns(UserWarning, match=r"no images of 2 of 3 classes \(cow, dog\)"): # numbered by train/
+        assert load_dataset(f"folder:{tmp_path}", "val").num_classes == 3
+
+
+def test_links_to_folders_are_followed_and_circles_are_not(tmp_path):
+    save(tmp_path/"data/val/cat/1.png", grey(1)); save(tmp_path/"more/2.png", grey(2))
+    cat = tmp_path/"data/val/cat"
+    (cat/"more").symlink_to(tmp_path/"more")
+    (cat/"up").symlink_to(cat.parent); (tmp_path/"more/self").symlink_to(tmp_path/"more"); (cat/"again").symlink_to(cat)
+    (tmp_path/"data/val/dog").symlink_to(tmp_path/"more") # a class folder
+    data = quiet(f"folder:{tmp_path/'data'}", "val")
+    assert data.class_names == ("cat", "dog") and data.labels.tolist().count(1) == 1
+    assert sorted(set(data.images[data.labels == 0][:, 0, 0, 0].tolist())) == [1, 2]
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda p: p.symlink_to(p.name), "not readable .too many levels"), (lambda p: p.symlink_to("gone.png"), "does not exist"),
+    (os.mkfifo, "is not a regular file"), (lambda p: p.symlink_to("/dev/zero"), "is not a regular file"),
+    (Path.touch, r"cannot be decoded \(it is not JPEG, PNG"), (lambda p: p.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "cannot be decoded"),
+    (lambda p: Image.fromarray(np.full((8, 8), .5, np.float32)).save(p, "TIFF"), "32 bits and no known range: save it with 8 or 16"),
+    (lambda p: Image.fromarray(np.full((8, 8), 70000, np.int32)).save(p, "TIFF"), "32 bits and no known range")])
+def test_files_that_are_no_images_are_one_sentence(tmp_path, make, said):
+    save(tmp_path/"val/cat/1.png", grey(1)); make(tmp_path/"val/cat/2.png")
+    with pytest.raises(RaptorError, match=f"image {tmp_path}/val/cat/2.png .*{said}.*; replace it or load") as e:
+        load_dataset(f"folder:{tmp_path}", "val").images
+    assert "\n" not in str(e.value)
+    with pytest.warns(UserWarning, match="left out 1 unreadable items of 2"):
+        assert load_dataset(f"folder:{tmp_path}", "val", on_error="skip").images[:, 0, 0, 0].tolist() == [1]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    folder = os.path.join(os.fsencode(tmp_path), b"val", b"\xe9t\xe9")
+    os.makedirs(folder)
+    save(tmp_path/"x.png", grey(5)).rename(os.fsdecode(os.path.join(folder, b"\xff.png")))
+    data = quiet(f"folder:{tmp_path}", "val")
+    assert data.class_names == (r"\xe9t\xe9",) and data.images[0, 0, 0, 0] == 5
+    assert data.class_names[0].encode() and load_dataset(f"folder:{tmp_path}", "val", on_error="skip").fingerprint == data.fingerprint
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    save(tmp_path/"val/cat/1.png", grey(1)); real = os.scandir
+    def scandir(place):
+        if str(place).endswith("cat"): raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return real(place)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(RaptorError, match="val/cat cannot be listed .Permission denied.; make it readable"): load_dataset(f"folder:{tmp_path}", "val")
+
+
+# --- pixels ---
+
+def tagged(path, orientation, form): # a red half on the left, a blue one on the right, 16 wide and 8 high
+    pixels = np.zeros((8, 16, 3), np.uint8); pixels[:, :8, 0] = 255; pixels[:, 8:, 2] = 255
+    exif = Image.Exif(); exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, form, exif=exif, **({"quality": 100, "subsampling": 0} if form == "JPEG" else {}))
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation, size, red", [
+    (1, (8, 16), "left"), (2, (8, 16), "right"), (3, (8, 16), "right"), (4, (8, 16), "left"), (5, (16, 8), "top"),
+    (6, (16, 8), "top"), (7, (16, 8), "bottom"), (8, (16, 8), "bottom")])
+def test_photographs_of_a_folder_are_turned_upright(tmp_path, form, orientation, size, red):
+    (tmp_path/"val/cat").mkdir(parents=True)
+    tagged(tmp_path/"val/cat/1.png", orientation, form)
+    data = load_dataset(f"folder:{tmp_path}", "val")
+    image = data.images[0].float()
+    halves = {"left": image[0, :, :4], "right": image[0, :, -4:], "top": image[0, :4], "bottom": image[0, -4:]}
+    assert data.size == size and halves[red].min() > 200 and max(halves, key=lambda k: halves[k].mean()) == red
+    assert read_image(tmp_path/"val/cat/1.png").size == (16, 8) or form == "TIFF" # as it is stored, for ImageNet
+
+
+def saved(array_or_image, form="PNG", **options):
+    out = io.BytesIO()
+    (array_or_image if isinstance(array_or_image, Image.Image) else Image.fromarray(array_or_image)).save(out, form, **options)
+    return out.getvalue()
+
+def palette(**options):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([9, 9, 9, 10, 20, 30])
+    return saved(image, **options)
+
+deep = np.full((4, 4), 0x80ff, np.uint16)
+PIXELS = { # file -> the colour that must come out
+    "16-bit PNG": (saved(deep), (128,)*3), "16-bit TIFF": (saved(deep, "TIFF"), (128,)*3),
+    "16-bit TIFF, big-endian": (saved(Image.fromarray(deep.astype(">u2")), "TIFF"), (128,)*3),
+    "16-bit PGM": (b"P5 4 4 65535\n" + deep.astype(">u2").tobytes(), (128,)*3),
+    "12 bits in a PGM": (b"P5 4 4 4095\n" + np.full(16, 2056, ">u2").tobytes(), (128,)*3),
+    "16-bit white": (saved(np.full((4, 4), 65535, np.uint16)), (255,)*3),
+    "8-bit grey": (saved(np.full((4, 4), 77, np.uint8)), (77,)*3), "1 bit": (saved(Image.new("1", (4, 4), 1)), (255,)*3),
+    "palette": (palette(), (10, 20, 30)), "palette with a transparent colour": (palette(transparency=1), (10, 20, 30)),
+    "palette with transparency": (palette(transparency=bytes([0, 128])), (10, 20, 30)),
+    "RGBA": (saved(Image.new("RGBA", (4, 4), (10, 20, 30, 0))), (10, 20, 30)),
+    "grey with transparency": (saved(Image.new("LA", (4, 4), (40, 0))), (40,)*3),
+    "CMYK TIFF": (saved(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
+    "CMYK JPEG": (saved(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG", quality=100), (254, 0, 0)),
+    "animation": (saved(Image.new("RGB", (4, 4), (10, 20, 30)), "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4), (200, 0, 0))]), (10, 20, 30)),
+    "animated PNG": (saved(Image.new("RGB", (4, 4), (10, 20, 30)), save_all=True, append_images=[Image.new("RGB", (4, 4), (200, 0, 0))]), (10, 20, 30))}
+
+@pytest.mark.parametrize("content, colour", PIXELS.values(), ids=PIXELS)
+def test_pixels_of_every_kind_of_file(tmp_path, content, colour):
+    (tmp_path/"val/cat").mkdir(parents=True); (tmp_path/"val/cat/1.png").write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = load_dataset(f"folder:{tmp_path}", "val").images[0]
+    assert image.shape == (3, 4, 4) and (image.flatten(1).int() - torch.tensor(colour)[:, None]).abs().max() <= 1
 
 
 def test_small_folders_stay_in_memory_large_ones_do_not(tmp_path):
@@ -323,7 +485,7 @@ def test_missing_data_are_an_error_that_names_the_path(tmp_path):
     (tmp_path/"imagenet/val").mkdir(parents=True)
     with pytest.raises(RaptorError, match="there are no class folders"): load_dataset("imagenet", "val", root=tmp_path)
     (tmp_path/"imagenet/val/n01").mkdir()
-    with pytest.raises(RaptorError, match="no images for imagenet val"): load_dataset("imagenet", "val", root=tmp_path)
+    with pytest.raises(RaptorError, match="imagenet/val/n01 holds no images"): load_dataset("imagenet", "val", root=tmp_path)
 
 
 # --- broken files ---------------------------------------------------------------------------------

@@ -112,7 +112,8 @@ def test_a_pickled_block_becomes_the_same_block(tmp_path, arguments):
 
 @pytest.mark.parametrize("attributes,ends", [
     (dict(ends=[2, 5]), None), (dict(phase_ends=(0, 2, 5)), None), (dict(counts=[2, 3]), None),
-    (dict(n_iters=(2, 3), layer_ends=[2, 5]), None), ({}, (2, 5)), (dict(ends=[2, 5]), (2, 5))])
+    (dict(n_iters=(2, 3), layer_ends=[2, 5]), None), (dict(thresholds=[2]), None), (dict(thresholds=(0, 2, 5)), None),
+    ({}, (2, 5)), (dict(ends=[2, 5]), (2, 5))])
 def test_a_pickled_model_becomes_the_same_raptor(tmp_path, attributes, ends):
     model = awake(RaptorModel([Block(), Block(mlp=Mlp, heads=4)], **attributes))
     ours = import_author_checkpoint(saved(model, tmp_path), depth=5, ends=ends)

@@ -1,6 +1,7 @@
 """The recurrent block, the Raptor, its place as a backbone, and what its files are checked for."""
 import json
 import math
+import os
 import struct
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +18,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from raptor.core import RaptorError
-from raptor.model import hub, tensors
+from raptor.model import hub
 from raptor.model.as_backbone import RaptorBackbone
 from raptor.model.block import BlockConfig, RecurrentBlock, block_flops, load_block, save_block
 from raptor.model.layer import attend, flop_matched_hidden
 from raptor.model.raptor import Raptor
-from raptor.model.tensors import NOTE, fill, read_note, weights_digest, write_tensors
+from raptor.model.tensors import fill, read_note, weights_digest, write_tensors
 from raptor.phases import FragmentedPhases, Phases
+from raptor.teacher import stored
+from raptor.teacher.stored import NOTE
+from raptor.teacher.backbone import Backbone
 
 
 def awake(module):
@@ -268,7 +272,7 @@ def test_intermediates_follow_timm(student):
     [(patches, prefix)] = student.forward_intermediates(
         images, [-1], return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True)
     torch.testing.assert_close(torch.cat([prefix, patches], 1), states[:, 4] + 1)
-    for bad in ([4], 5, 0, [-5], []):
+    for bad in ([4], 5, 0, [-5], [], "all", "3", [1.5], 2.0, ["0"], [None], [[0]]):
         with pytest.raises(RaptorError, match="indices"): student.forward_intermediates(images, bad)
 
 
@@ -310,8 +314,7 @@ def test_fingerprint_of_a_student_follows_its_weights(student):
 
 
 def test_a_student_of_a_real_backbone_has_what_the_backbone_has():
-    create = pytest.importorskip("raptor.teacher.backbone").Backbone.create
-    backbone = create("vit_nano_patch4_reg4_24", pretrained=False)
+    backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
     student = RaptorBackbone(backbone, Raptor.create(Phases((2, 6)), backbone.dim, backbone.num_heads))
     for name in "depth dim num_heads num_prefix num_registers num_tokens has_cls grid img_size mean std".split():
         assert getattr(student, name) == getattr(backbone, name)
@@ -328,6 +331,83 @@ def test_a_student_of_a_real_backbone_has_what_the_backbone_has():
 def test_a_student_of_another_teacher_is_refused():
     for ends, dim, sentence in (((5,), 8, "depth 5 .* depth 4"), ((4,), 16, "dim 16 .* dim 8")):
         with pytest.raises(RaptorError, match=sentence): RaptorBackbone(Teacher(), Raptor.create(Phases(ends), dim, 2))
+
+
+def backbone_like(name="vit_nano_patch4_reg4_24", seed=0, **settings):
+    torch.manual_seed(seed)
+    return Backbone.create(name, pretrained=False, **settings)
+
+def raptor_of(backbone):
+    torch.manual_seed(1)
+    raptor = Raptor.create(Phases((2, backbone.depth)), backbone.dim, backbone.num_heads)
+    raptor.teacher = backbone.identity()
+    return raptor
+
+NANO = dict(depth=6, embed_dim=32, num_heads=2)
+@pytest.mark.parametrize("other, sentence", [
+    (dict(seed=1), "trained on vit_nano_patch4_reg4_24 with fingerprint .* strict=False"), # other random weights
+    (dict(name="vit_tiny_patch16_224", img_size=48, **NANO), "the backbone vit_tiny_patch16_224 has"),
+    (dict(mean=0.157), r"images of mean \[0.5, 0.5, 0.5\]"), (dict(std=0.29), "images of std"),
+    (dict(seed=1, img_size=32), "fingerprint"), (dict(act_layer="relu"), "fingerprint")])
+def test_a_raptor_that_knows_its_teacher_refuses_another(other, sentence):
+    raptor, backbone = raptor_of(backbone_like()), backbone_like(**other)
+    with pytest.raises(RaptorError, match=sentence) as e: RaptorBackbone(backbone, raptor)
+    assert "\n" not in str(e.value) and "Backbone.create('vit_nano_patch4_reg4_24'" in str(e.value)
+    assert RaptorBackbone(backbone, raptor, strict=False).backbone is backbone
+    raptor.teacher = None # an imported Raptor does not know
+    assert RaptorBackbone(backbone, raptor).backbone is backbone
+
+
+def test_a_raptor_follows_its_teacher_to_another_image_size(tmp_path):
+    backbone = backbone_like()
+    larger = Backbone.create(backbone.name, weights=backbone.save(tmp_path/"w.safetensors"), img_size=(32, 48))
+    assert RaptorBackbone(larger, raptor_of(backbone)).grid == (8, 12)
+    with torch.no_grad(): larger.model.blocks[5].mlp.fc2.bias[0] += 1e-3
+    with pytest.raises(RaptorError, match="fingerprint"): RaptorBackbone(larger, raptor_of(backbone))
+
+
+def test_what_is_no_backbone_and_no_raptor():
+    timm = pytest.importorskip("timm")
+    backbone = backbone_like()
+    for module, sentence in (
+        (timm.create_model("vit_nano_patch4_reg4_24"), r"EmbeddedTeacher .* Backbone\(model, name\)"),
+        (raptor_of(backbone), "the backbone is a Raptor"), (nn.Linear(2, 2), "the backbone is a Linear")):
+        with pytest.raises(RaptorError, match=sentence): RaptorBackbone(module, raptor_of(backbone))
+    with pytest.raises(RaptorError, match="the Raptor is a Backbone"): RaptorBackbone(backbone, backbone)
+
+
+def published(tmp_path, kind):
+    "A teacher as it is after training, what a reader of its card has of it, and the lines' stand-ins for his paths."
+    if kind == "embedded": # trained here: its weights are a file, its normalisation that of its images
+        teacher = backbone_like(mean=0.157, std=0.29)
+        with torch.no_grad(): awake(teacher.model)
+        path = teacher.save(tmp_path/"teacher.safetensors")
+        return Backbone.create(teacher.name, weights=path), {"path/to/the/weights/of/the/teacher.safetensors": str(path)}
+    folder = tmp_path/"hub" # in the layout of a hub, with settings of its own
+    folder.mkdir()
+    model = backbone_like("vit_tiny_patch16_224", num_classes=0, **NANO).model
+    save_file(model.state_dict(), folder/"model.safetensors")
+    config = dict(num_classes=0, input_size=[3, 224, 224], mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    (folder/"config.json").write_text(json.dumps(
+        dict(architecture="vit_tiny_patch16_224", num_classes=0, pretrained_cfg=config)))
+    return Backbone.create(f"local-dir:{folder}", img_size=(32, 48), **NANO), {}
+
+@pytest.mark.parametrize("kind", ["embedded", "hub"])
+def test_the_lines_of_the_card_give_the_student_back(tmp_path, kind):
+    teacher, paths = published(tmp_path, kind)
+    raptor = Raptor.create(Phases((2, 6)), teacher.dim, teacher.num_heads, layer_scale=0.5)
+    folder = raptor.save_pretrained(tmp_path/"model", backbone=teacher)
+    card = (folder/"README.md").read_text()
+    lines = card.split("```python\n")[1].split("```")[0]
+    for line, path in {"path/to/this/folder": str(folder), **paths}.items():
+        assert line in lines
+        lines = lines.replace(line, path)
+    found = {"images": torch.randn(2, 3, *teacher.img_size)}
+    exec(lines, found)
+    with torch.no_grad(): expected = teacher.norm(raptor(teacher.embed(found["images"])))
+    assert torch.equal(found["features"], expected)
+    assert (found["model"].mean, found["model"].std) == (teacher.mean, teacher.std)
+    assert f"| fingerprint | {teacher.fingerprint} |" in card and found["raptor"].teacher == teacher.identity()
 
 
 # --- on disk -----------------------------------------------------------------------------------------------------
@@ -383,7 +463,7 @@ def test_an_interrupted_save_leaves_the_old_files(saved, monkeypatch):
     def breaks(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
-    monkeypatch.setattr(tensors, "save_file", breaks)
+    monkeypatch.setattr(stored, "save_file", breaks)
     with pytest.raises(OSError): awake(Raptor.create(Phases((3,)), 8, 2)).save_pretrained(folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
@@ -392,6 +472,26 @@ def edit_config(folder, **changes):
     path = folder/"config.json"
     values = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+
+
+TEACHER = dict(name="vit_nano_patch4_reg4_24", timm={}, source="file", img_size=[24, 24], mean=[.2]*3, std=[.3]*3,
+               fingerprint="0123456789abcdef", blocks="0123456789abcdef")
+
+@pytest.mark.parametrize("changes", [
+    dict(fingerprint="x"), dict(fingerprint=3), dict(name="x"*999), dict(name=None), dict(source="../../x"), dict(mean=[1]),
+    dict(std=["1"]*3), dict(std=[float("nan")]*3), dict(img_size=[24.5, 24]), dict(img_size=[10**9, 1]), dict(timm=[]),
+    dict(evil=1), dict(blocks=...)])
+def test_a_false_teacher_is_refused_in_one_sentence(saved, changes):
+    teacher = {k: v for k, v in {**TEACHER, **changes}.items() if v is not ...}
+    edit_config(saved[1], teacher=teacher)
+    with pytest.raises(RaptorError, match="config.json describes its teacher wrongly") as e:
+        Raptor.from_pretrained(saved[1])
+    assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_a_teacher_of_another_folder_is_noticed(saved):
+    edit_config(saved[1], teacher=TEACHER)
+    with pytest.raises(RaptorError, match="another config.json"): Raptor.from_pretrained(saved[1])
 
 
 BLOCK = json.loads(json.dumps(asdict(BlockConfig(8, 2))))
@@ -423,7 +523,7 @@ def test_a_false_configuration_is_refused_in_one_sentence(saved, changes, senten
 
 @pytest.mark.parametrize("content,sentence", [
     ("{", "not valid JSON"), ("[" * 200_000, "config.json"), ("[]", "exactly the keys"),
-    (" " * (2**20 + 1), "larger than 1 MiB"), ("\xff", "config.json")])
+    (" " * (2**20 + 1), "at most 1,048,576"), ("\xff", "config.json")])
 def test_a_configuration_that_is_no_json_is_refused(saved, content, sentence):
     (saved[1]/"config.json").write_bytes(content.encode("latin1"))
     with pytest.raises(RaptorError, match=sentence): Raptor.from_pretrained(saved[1])
@@ -443,15 +543,15 @@ def lie(name, **entry):
 
 GAMMA = "blocks.0.gamma1"
 @pytest.mark.parametrize("damage,sentence", [
-    *((lambda raw, n=n: raw[:n], "cannot be read") for n in (-1, 100, 4, 0)),
-    (lambda raw: raw + b"\0", "cannot be read"), (lambda raw: b"\x80\x02]q\0." + raw, "cannot be read"),
-    (lambda raw: struct.pack("<Q", 2**62) + raw[8:], "cannot be read"),
-    (lambda raw: with_header(raw, lie(GAMMA, shape=[10**9])), "cannot be read"),
-    (lambda raw: with_header(raw, lie(GAMMA, shape=[2**63])), "cannot be read"),
+    *((lambda raw, n=n: raw[:n], "is damaged") for n in (-1, 100, 4, 0)),
+    (lambda raw: raw + b"\0", "is damaged"), (lambda raw: b"\x80\x02]q\0." + raw, "is damaged"),
+    (lambda raw: struct.pack("<Q", 2**62) + raw[8:], "is damaged"),
+    (lambda raw: with_header(raw, lie(GAMMA, shape=[10**9])), "is damaged"),
+    (lambda raw: with_header(raw, lie(GAMMA, shape=[2**63])), "is damaged"),
     (lambda raw: with_header(raw, lie(GAMMA, shape=[4, 2])), r"shape \(4, 2\) for"),
     (lambda raw: with_header(raw, lie(GAMMA, dtype="I32")), "as I32"),
-    (lambda raw: with_header(raw, lie(GAMMA, dtype="F64")), "cannot be read"),
-    (lambda raw: with_header(raw, lie(GAMMA, data_offsets=[0, 2**40])), "cannot be read"),
+    (lambda raw: with_header(raw, lie(GAMMA, dtype="F64")), "is damaged"),
+    (lambda raw: with_header(raw, lie(GAMMA, data_offsets=[0, 2**40])), "is damaged"),
     (lambda raw: with_header(raw, lambda h: h.update({"blocks.9.x": h.pop(GAMMA)})), f"hold nothing for {GAMMA}"),
     (lambda raw: with_header(raw, lambda h: h.pop("__metadata__")), "no note"),
     (lambda raw: with_header(raw, lambda h: h["__metadata__"].update(raptor="{")), "no note"),
@@ -466,7 +566,19 @@ def test_damaged_weights_are_refused_in_one_sentence(saved, damage, sentence):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(saved, name):
     (saved[1]/name).unlink()
-    with pytest.raises(RaptorError, match=name): Raptor.from_pretrained(saved[1])
+    with pytest.raises(RaptorError, match=f"has no {name} .* so it is no saved Raptor"):
+        Raptor.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize("make, sentence", [
+    (lambda p: p.mkdir(), "has no config.json .it has nothing."), (lambda p: p.write_text("{}"), "is a file; give the folder"),
+    (lambda p: (p/"blocks").mkdir(parents=True), "has no config.json .it has blocks."),
+    (lambda p: (p.mkdir(), os.mkfifo(p/"config.json")), "config.json is not a regular file"),
+    (lambda p: (p/"config.json").mkdir(parents=True), "config.json is not (readable|a regular file)"),
+    (lambda p: (p.mkdir(), (p/"config.json").symlink_to("/dev/zero")), "config.json is not a regular file")])
+def test_a_wrong_folder_is_called_what_it_is(tmp_path, make, sentence):
+    make(tmp_path/"given")
+    with pytest.raises(RaptorError, match=sentence): Raptor.from_pretrained(tmp_path/"given")
 
 
 @settings(max_examples=60, deadline=None)
@@ -492,6 +604,63 @@ def test_files_of_earlier_versions_have_no_digest(saved):
         if readable: assert weights_digest(Raptor.from_pretrained(folder)) == weights_digest(raptor)
         else:
             with pytest.raises(RaptorError, match="differ from the digest"): Raptor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(saved, value, tmp_path):
+    raptor, folder = saved
+    path = folder/"model.safetensors"
+    state, note = load_file(path), {k: v for k, v in read_note(path).items() if k != "digest"}
+    state["blocks.1.mlp.fc2.weight"][3, 4] = value
+    save_file(state, path, {NOTE: json.dumps(note)}) # as another program would write it
+    with pytest.raises(RaptorError, match=r"model.safetensors is damaged \(its tensor blocks.1.mlp.fc2.weight is not"):
+        Raptor.from_pretrained(folder)
+    with torch.no_grad(): raptor.blocks[0].gamma1[2] = value
+    for write in (lambda: raptor.save_pretrained(tmp_path/"r"),
+                  lambda: save_block(tmp_path/"b.safetensors", raptor.blocks[0], (0, 1))):
+        with pytest.raises(RaptorError, match="gamma1 is not finite"): write()
+    assert not list(tmp_path.rglob("[rb]*.safetensors"))
+
+
+def tie(raptor): raptor.blocks[1].qkv.weight = raptor.blocks[0].qkv.weight; return raptor
+def share(raptor): raptor.blocks[1].qkv.weight.data = raptor.blocks[0].qkv.weight.data; return raptor
+
+@pytest.mark.parametrize("how", [tie, share])
+def test_blocks_that_share_a_weight_are_refused_or_stored_one_by_one(how, tmp_path):
+    raptor = how(awake(Raptor.create(Phases((1, 3)), 8, 2)))
+    with pytest.raises(RaptorError, match="blocks 1 and 2 share the weight qkv.weight"): Raptor(raptor.blocks, Phases((1, 3)))
+    again = Raptor.from_pretrained(raptor.save_pretrained(tmp_path))
+    assert weights_digest(again) == weights_digest(raptor) and again.check_blocks() is None
+
+
+def test_one_weight_under_two_names_of_a_block_is_stored_twice(tmp_path):
+    block = awake(RecurrentBlock(8, 2))
+    block.norm2.weight = block.norm1.weight
+    again, _ = load_block(save_block(tmp_path/"b.safetensors", block, (0, 2)))
+    assert torch.equal(again.norm2.weight, block.norm1.weight)
+
+
+def learned(span=None, trajectories=None):
+    block = RecurrentBlock(8, 2)
+    block.span, block.trained_on = span, trajectories
+    return block
+
+@pytest.mark.parametrize("blocks,sentence", [
+    ([learned((0, 2)), learned((2, 3))], None), ([learned(), learned((2, 3), "a")], None),
+    ([learned(None, "a"), learned(None, "a")], None),
+    ([learned((2, 3)), learned((0, 2))], r"phase \(0, 2\) learned the states of \(2, 3\)"),
+    ([learned((0, 1)), learned()], r"learned the states of \(0, 1\)"),
+    ([learned(None, "b"), learned(None, "a")], r"different trajectories \(a, b\)")])
+def test_blocks_are_put_together_as_they_were_trained(blocks, sentence, tmp_path):
+    if sentence:
+        with pytest.raises(RaptorError, match=sentence): Raptor(blocks, Phases((2, 3)))
+        return
+    raptor = Raptor(blocks, Phases((2, 3)))
+    again = Raptor.from_pretrained(raptor.save_pretrained(tmp_path))
+    assert again.trained_on == raptor.trained_on == next((b.trained_on for b in blocks if b.trained_on), None)
+    save_block(tmp_path/"b.safetensors", blocks[1], (2, 3))
+    block, span = load_block(tmp_path/"b.safetensors")
+    assert (block.trained_on, block.span, span) == (blocks[1].trained_on, (2, 3), (2, 3))
 
 
 @pytest.mark.parametrize("change", [

@@ -2,6 +2,7 @@
 import json, os, re, shutil, signal, subprocess, sys, time
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -12,8 +13,9 @@ from raptor.model.block import RecurrentBlock, block_flops, load_block
 from raptor.core import RaptorError, paper_root
 from raptor.data.load import load_dataset
 from raptor.model.raptor import Raptor
-from raptor.pipeline.needs import check_files, costs, data_uses, profile_path, run_needs
-from raptor.study.presets import all_runs, load_preset, preset_path
+from raptor.pipeline.needs import check_study, costs, data_uses, profile_path, run_needs
+from raptor.study.controls import all_runs
+from raptor.study.presets import load_preset, preset_path
 from raptor.study.study import Study
 from raptor.train.stages import TrainConfig
 
@@ -61,6 +63,32 @@ def run_cells(name, **parameters):
     return space
 
 
+def test_tables_show_the_best_epoch_beside_the_published_one_and_the_last_in_a_column_of_its_own(at):
+    "Two replicas of one number of blocks; the paper reports the best epoch, and its R2 is the pooled one."
+    study = Study.open(changed(at, phases__ks=[2], phases__ends={2: [7, 12]}, extra_models={}))
+    def write(path, rows):
+        (study.folder/path).parent.mkdir(parents=True)
+        pd.DataFrame(rows).to_csv(study.folder/path, index=False)
+    for model, best, last in (("teacher", 0.8, 0.7), ("k2-r0", 0.6, 0.4), ("k2-r1", 0.7, 0.5)):
+        for task, metric in (("classification", "top1"), ("segmentation", "miou"), ("depth", "rmse")):
+            write(f"probes/{model}-{task}/result.csv", [dict(model=model, task=task, metric=metric, best=best, last=last, seed=1, data="d")])
+    for r in (0, 1):
+        values = {"r2_mean": 0.5 + r/10, "r2_pooled": 0.9 + r/20, "r2": 0.1}
+        write(f"raptors/k2-r{r}/result.csv", [dict(measure=m, value=v, stage=2, k=2, replica=r, seed=r) for m, v in values.items()])
+    shown = run_cells("tab_probes", preset=str(study.origin))["shown"]
+    table = study.load_tables("results/tab_probes.csv").set_index(["row", "metric"])
+    expected = {"mean": 0.65, "std": 0.005**0.5, "last": 0.45, "last_std": 0.005**0.5, "share": 0.65/0.8}
+    assert table.loc[("Raptor k=2", "top1"), list(expected)].tolist() == pytest.approx(list(expected.values()))
+    assert table.loc[("Raptor k=2", "rmse"), "share"] == pytest.approx(0.8/0.65)
+    cells = {source.split(": ")[1]: shown.loc["Raptor k=2", source]["top-1, %"] for source in shown.columns.unique(0)}
+    assert cells == {"DINOv2 ViT-B": "81.2 ± 0.2 (96.1%)", "small": "65.0 ± 7.1 (81.2%)", "small, last epoch": "45.0 ± 7.1 (64.3%)"}
+    figure = run_cells("fig_accuracy_r2", preset=str(study.origin))
+    frame = study.load_tables("results/fig_accuracy_r2.csv")
+    assert frame[["accuracy", "accuracy_last", "r2", "r2_pooled", "teacher", "teacher_last"]].values.tolist() == [
+        pytest.approx([0.6, 0.4, 0.5, 0.9, 0.8, 0.7]), pytest.approx([0.7, 0.5, 0.6, 0.95, 0.8, 0.7])]
+    assert figure["teacher"] == 0.8
+
+
 # the presets ----------------------------------------------------------------------------------------------------------
 def test_the_dry_run_lists_the_papers_sixty_runs(tmp_path):
     said = raptor("reproduce", "--preset", "dinov2_vitb14", "--dry-run", home=tmp_path/"home", data=tmp_path)
@@ -81,7 +109,7 @@ def test_the_recipe_is_the_papers():
     assert study.stage1_config((0, 7), 100) == TrainConfig(seed=100, loss="mse", **own), "the defaults of TrainConfig are the paper's stage 1"
     assert study.stage1_config((7, 12), 105) == TrainConfig(seed=105, loss="weighted", token_weights=(0.34, 0.33, 0.33), **own)
     assert study.stage2_config(1001) == TrainConfig(seed=1001, loss="weighted", token_weights=(0.45, 0.10, 0.45), forcing="free", **own)
-    assert study.preset.data.limit == TrainConfig().batch_size * 15_625 and TrainConfig().steps == 20 * 15_625
+    assert TrainConfig().steps == 20 * 15_625, "an epoch is 15,625 steps, whatever the number of images"
     expected = {"classification": (1e-4, 1e-2, 1.0, 100, "cosine", 15, 512), "segmentation": (1e-3, 1e-2, 1.0, 100, "cosine", 10, 32), "depth": (1e-3, 1e-3, None, 0, "constant", 25, 128)}
     for task, values in expected.items():
         c = study.probe_config(task, 1)
@@ -89,6 +117,16 @@ def test_the_recipe_is_the_papers():
         filled = c.for_data(50_000)
         assert filled.min_lr == pytest.approx(0.01 * c.lr) and filled.steps == c.epochs * (50_000 // c.batch_size)
     assert study.preset.activations.source == "live" and study.preset.activations.precision == "bf16"
+
+
+@pytest.mark.parametrize("name", ["dinov2_vitb14", "dinov2_vits14"])
+def test_all_of_imagenet_is_behind_the_states_and_the_header_says_what_precision(name):
+    "The authors iterate all 1,281,167 images; a limit of a million would leave out 22 %."
+    study = Study.open(name)
+    assert study.preset.data.limit is None and all(probe.data.limit is None for probe in study.preset.probes.values())
+    assert study.preset.stage1["steps"] == study.preset.stage2["steps"] == 312_500
+    header = [line for line in preset_path(name).read_text().splitlines() if line.startswith("#")]
+    assert any("Precision:" in line and "float32" in line and "fp16" in line and "bf16" in line for line in header)
 
 
 @pytest.mark.parametrize("name,width,hours", [("dinov2_vitb14", 768, 112), ("dinov2_vits14", 384, 29)])
@@ -127,7 +165,7 @@ def test_unreadable_images_may_be_skipped_by_choice(at, tmp_path, monkeypatch):
     root = paper_files.make(tmp_path/"broken"); monkeypatch.setenv("RAPTOR_DATA", str(root))
     study = Study.open(changed(at))
     first = study.dataset("test").files(0)[0]; first.write_bytes(first.read_bytes()[:100])
-    with pytest.raises(RaptorError, match=str(first)): check_files(study)
+    with pytest.raises(RaptorError, match=str(first)): check_study(study)
     values = yaml.safe_load((at/"small.yaml").read_text())
     values["data"]["on_error"] = values["probes"]["classification"]["data"]["on_error"] = "skip"; (at/"small.yaml").write_text(yaml.safe_dump(values))
     with pytest.warns(UserWarning, match="left out 1 unreadable"): assert len(Study.open(at/"small.yaml").dataset("test").skipped) == 1
@@ -152,14 +190,14 @@ def test_a_missing_part_is_named_before_any_work(data, tmp_path, gone, words):
 
 
 def test_a_missing_weight_file_is_named_before_any_work(at):
-    preset = load_preset(changed(at, teacher__weights="nowhere/model.safetensors"))
-    with pytest.raises(RaptorError, match="teacher: there is no file .*data.*/nowhere/model.safetensors"): check_files(Study.open(preset))
+    preset = load_preset(changed(at, teacher__random=False, teacher__weights="nowhere/model.safetensors"))
+    with pytest.raises(RaptorError, match="teacher: there is no file .*data.*/nowhere/model.safetensors"): check_study(Study.open(preset))
     preset = load_preset(changed(at, teacher__head="https://localhost:1/head.pth"))
-    with pytest.raises(RaptorError, match="could not be downloaded .* put it at .*weights/head.pth"): check_files(Study.open(preset))
+    with pytest.raises(RaptorError, match="could not be downloaded .* put it at .*weights/head.pth"): check_study(Study.open(preset))
 
 
 def test_every_use_of_data_is_opened(at):
-    check_files(Study.open("dinov2_reduced"))
+    check_study(Study.open("dinov2_reduced"))
     assert [(u[0], u[2]) for u in data_uses(load_preset("dinov2_reduced"))] == [(p, s) for p in ("trajectories", "classification", "segmentation", "depth") for s in ("train", "test")]
 
 
@@ -177,17 +215,17 @@ def test_random_weights_are_those_of_the_study_at_every_size(at):
 def test_each_model_starts_from_the_head_of_its_own_backbone(at):
     weights = {n: torch.randn(8, 768) for n in ("teacher", "extra")}
     for n, w in weights.items(): torch.save({"weight": w, "bias": torch.zeros(8)}, at/f"{n}.pth")
-    path = changed(at, teacher__head=str(at/"teacher.pth"), extra_models__without_registers={"name": "vit_small_patch14_dinov2", "img_size": 56, "head": str(at/"extra.pth")})
+    path = changed(at, teacher__head=str(at/"teacher.pth"), extra_models__without_registers={"name": "vit_small_patch14_dinov2", "random": True, "img_size": 56, "head": str(at/"extra.pth")})
     study = Study.open(path)
     assert torch.equal(study.official_head("k3-r0")[0], weights["teacher"]) and torch.equal(study.official_head("without_registers")[0], weights["extra"])
-    check_files(study)
+    check_study(study)
 
 
 # the graph ------------------------------------------------------------------------------------------------------------
 def test_the_whole_graph_in_the_papers_formats(at):
     "All stages, runs and main items of one k at 28 pixels, by the notebooks' own cells; with an official head, and validation on the way."
     torch.save({"weight": torch.randn(8, 768) * 0.01, "bias": torch.zeros(8)}, at/"head.pth")
-    path = changed(at, teacher={"name": "vit_small_patch14_reg4_dinov2", "img_size": 28, "head": str(at/"head.pth")}, extra_models={}, data__limit=32, data__test_limit=8, data__size=28, phases__images=16,
+    path = changed(at, teacher={"name": "vit_small_patch14_reg4_dinov2", "random": True, "img_size": 28, "head": str(at/"head.pth")}, extra_models={}, data__limit=32, data__test_limit=8, data__size=28, phases__images=16,
                    phases__ks=[2], phases__ends={2: [7, 12]}, stage1__steps=4, stage2__steps=4, stage1__eval_every=2, stage2__eval_every=2, stage1__warmup=1, stage2__warmup=1, stage1__batch_size=4, stage2__batch_size=4,
                    probes__classification__data={"name": "imagenet", "test_split": "val", "size": 28, "limit": 32, "test_limit": 8}, probes__classification__official_head=True,
                    probes__classification__train__epochs=1)
@@ -283,7 +321,7 @@ def snakemake(at, data, *argv):
 
 def test_snakemake_accepts_the_slurm_profile(at, data):
     pytest.importorskip("snakemake_executor_plugin_slurm")
-    said = snakemake(at, data, "--profile", profile_path("slurm"), "--cores", 16, "blocks/0-7-r0/result.csv", "raptors/k3-r0/result.csv", "probes/k3-r0-depth/result.csv")
+    said = snakemake(at, data, "--profile", profile_path("slurm"), "--cores", 16, ".done/blocks/0-7-r0/train_block", ".done/raptors/k3-r0/train_raptor", ".done/probes/k3-r0-depth/train_probe")
     assert said.returncode == 0, said.stderr[-2000:]
     jobs = {m[1]: m[2] for m in re.finditer(r"^rule (\w+):\n((?: {4}.*\n)+)", said.stdout + said.stderr, re.MULTILINE)}
     for rule, memory, minutes in (("train_block", 48000, 1440), ("train_raptor", 48000, 1440), ("train_probe", 64000, 1440)):

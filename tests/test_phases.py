@@ -12,7 +12,7 @@ from raptor.core import RaptorError
 from raptor.phases import (
     FragmentedPhases, Phases, all_segmentations, as_phases, best_bisection, check_distance, cut_weight,
     layer_distance, layer_norms, max_cut, published_distance, published_segmentations, random_fragmented,
-    random_segmentations, recursive_max_cut
+    random_segmentations, read_phases, recursive_max_cut
 )
 from raptor.trajectories.order import BatchPlan, epoch_order
 
@@ -218,6 +218,23 @@ def test_bad_ends_are_refused(ends):
 @pytest.mark.parametrize("assignment", [(), (1, 1), (0, 2), (0, -1), (0, 0.5), None])
 def test_bad_assignments_are_refused(assignment):
     with pytest.raises(RaptorError): FragmentedPhases(assignment)
+
+
+def test_segmentations_are_read_with_their_number_of_phases(tmp_path):
+    (tmp_path/"phases.json").write_text('{"ends": {"1": [6], "2": [2, 6]}, "record": {"seed": 3}}')
+    assert read_phases(tmp_path/"phases.json") == {1: (6,), 2: (2, 6)}
+
+
+@pytest.mark.parametrize("text", [
+    '{"ends": {"2": ["$(touch X)", 6]}}', '{"ends": {"2; touch X": [2, 6]}}', '{"ends": {"2": "26"}}', '{"ends": {"2": 6}}',
+    '{"ends": {"2": null}}', '{"ends": {"2": [2.0, 6]}}', '{"ends": {"2": [true, 6]}}', '{"ends": {"2": [6, 2]}}',
+    '{"ends": {"3": [2, 6]}}', '{"ends": {"02": [2, 6]}}', '{"ends": {"2": [2, 6], "3": [1, 2, 7]}}',
+    '{"ends": {"2": [2, 1025]}}', '{"ends": {}}', '{"ends": [[2, 6]]}', '{"end": {"2": [2, 6]}}', "[]", "2", "{", "",
+    "[" * 10**5, '{"ends": {"2": {"2": 1, "6": 2}}}'])
+def test_segmentations_that_are_none_are_refused(tmp_path, text):
+    (tmp_path/"phases.json").write_text(text)
+    with pytest.raises(RaptorError, match="phases.json") as e: read_phases(tmp_path/"phases.json")
+    assert "\n" not in str(e.value) and len(str(e.value)) < 500 and "again" in str(e.value)
 
 
 @pytest.mark.parametrize("bad, says", [

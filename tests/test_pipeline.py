@@ -1,5 +1,5 @@
 """The command line, as a user meets it: real processes, real files, real kills."""
-import json, os, re, shutil, signal, subprocess, sys, time
+import hashlib, json, os, re, shutil, signal, subprocess, sys, time
 
 import pandas as pd
 import pytest
@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 import raptor.pipeline.cli as pipeline
 from raptor.study.controls import control_runs
 from raptor.core import RaptorError, paper_root
-from raptor.study.presets import all_runs, load_preset, preset_path
+from raptor.study.controls import all_runs
+from raptor.study.presets import load_preset, preset_path
 
 
 def start(*argv, home, **kwargs):
@@ -170,7 +171,7 @@ def test_the_checkpoints_of_every_run_are_found(tmp_path, name, ends):
 @pytest.mark.parametrize("rank,fails,stays", [("0", False, False), ("1", False, True), ("0", True, True)])
 def test_a_checkpoint_goes_when_the_first_process_has_its_executed_copy(tmp_path, monkeypatch, rank, fails, stays):
     checkpoint = tmp_path/"smoke"/"blocks"/"0-3-r0"/"checkpoint.safetensors"
-    def run_notebook(name, parameters, output):
+    def run_notebook(name, parameters, output, finish):
         assert checkpoint.exists()
         if fails: raise RaptorError("train_block failed")
     for name, stand_in in (("run_notebook", run_notebook), ("end_with_parent", lambda: None), ("stop_on_signals", lambda: None)): monkeypatch.setattr(pipeline, name, stand_in)
@@ -192,12 +193,14 @@ def nobody_writes(checkpoint):
     assert checkpoint.stat().st_mtime_ns == seen, "an orphan is still training"
 
 
-def test_killed_or_interrupted_it_goes_on(tmp_path):
-    "kill -9 of the command while the teacher trains; then Ctrl-C, as a terminal sends it to the whole group of processes; then to the end."
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_killed_or_interrupted_it_goes_on(tmp_path, monkeypatch, number):
+    "kill -9 of the command while the teacher trains; then a signal to the command alone, which hands it on; then to the end."
     need_study()
     preset, home, steps = tiny(tmp_path), tmp_path/"home", 90
     values = yaml.safe_load(preset.read_text()); values["teacher"]["train"].update(steps=steps, checkpoint_every=3); preset.write_text(yaml.safe_dump(values))
     command, checkpoint = ("reproduce", "--preset", preset, "--only", "find_phases"), home/"tiny"/"teacher"/"checkpoint.safetensors"
+    (tmp_path/"tmp").mkdir(); monkeypatch.setenv("TMPDIR", str(tmp_path/"tmp"))
     first = start(*command, home=home)
     until(lambda: checkpoint.exists() or first.poll() is not None)
     assert first.poll() is None, first.stderr.read()
@@ -208,14 +211,16 @@ def test_killed_or_interrupted_it_goes_on(tmp_path):
     second = start(*command, home=home, start_new_session=True)
     until(lambda: checkpoint.stat().st_mtime_ns != seen or second.poll() is not None)
     assert second.poll() is None and not left.exists()
-    os.killpg(second.pid, signal.SIGINT)
+    second.send_signal(number)
     said = "".join(second.communicate(timeout=PATIENCE))
-    assert second.returncode != 0 and "start the same command again" in said and "Traceback" not in said, said
+    assert second.returncode == 128 + number and "has saved its checkpoint" in said and "Traceback" not in said, said
+    assert "the last checkpoint of each training are kept: start the same command again" in said
     nobody_writes(checkpoint)
     assert raptor(*command, home=home).returncode == 0
     assert not checkpoint.exists() and json.loads((home/"tiny"/"phases"/"phases.json").read_text())["ends"]["2"][-1] == 6
     history = pd.read_csv(home/"tiny"/"teacher"/"history.csv")
     assert history.step.is_unique and history.step.iloc[-1] == steps and not left_by_killed_writers(home/"tiny")
+    assert not [p for p in (tmp_path/"tmp").iterdir() if not p.name.startswith("torchinductor_")], "torch keeps a cache"
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +229,15 @@ def studies(tmp_path_factory):
     need_study()
     folder = tmp_path_factory.mktemp("studies")
     preset = tiny(folder)
-    running = [start("reproduce", "--preset", preset, home=folder/home) for home in ("one", "two")]
+    for name in ("pandas", "selectors", "snakemake"): # files of a study are no modules
+        for place in (folder/"two"/"tiny", folder/"two"/"tiny"/"notebooks"):
+            place.mkdir(parents=True, exist_ok=True)
+            (place/f"{name}.py").write_text(f"open({str(folder/'imported')!r}, 'w')")
+    kernel = folder/"two"/"kernels"/"python3"/"kernel.json" # of a foreign installation
+    kernel.parent.mkdir(parents=True); kernel.write_text(json.dumps({"argv": ["touch", str(folder/"imported")], "language": "python", "display_name": "x"}))
+    os.environ["JUPYTER_PATH"] = str(folder/"two")
+    running = [start("reproduce", "--preset", preset, home=folder/home, umask=umask) for home, umask in (("one", 0o022), ("two", 0o077))]
+    del os.environ["JUPYTER_PATH"]
     try:
         for process in running: assert process.wait(PATIENCE) == 0, process.stderr.read()
     finally:
@@ -242,6 +255,42 @@ def test_the_same_seeds_give_the_same_study(studies):
     for path, tensors in weights[0].items(): assert all(t.equal(weights[1][path][name]) for name, t in tensors.items()), path
 
 
+def test_the_modes_of_files_follow_the_umask(studies):
+    for folder, modes in ((studies[0], {0o644, 0o755}), (studies[1], {0o600, 0o700})):
+        wrong = [p for p in folder.rglob("*") if p.suffix != ".py" and p.name != "notebooks" and p.stat().st_mode & 0o777 not in modes]
+        assert not wrong
+
+
+def test_files_of_a_study_are_no_modules_and_foreign_kernels_are_not_started(studies): assert not (studies[2].parent/"imported").exists()
+
+
+def digests(folder):
+    "Tables and weights; not what tells times."
+    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest() for pattern in ("*.csv", "*.safetensors", "*.json", "*.png") for p in folder.rglob(pattern)}
+
+
+def test_what_is_deleted_or_damaged_is_named_and_made_again_bit_by_bit(studies, tmp_path):
+    folder = tmp_path/"home"/"tiny"
+    shutil.copytree(studies[0], folder)
+    shutil.rmtree(folder/".snakemake")
+    before = digests(folder)
+    harmed = [folder/name for name in ("figures/fig_similarity.png", "probes/teacher-depth/result.csv", "raptors/k2-r0/config.json", "results/tab_probes.csv")]
+    harmed[0].unlink(); harmed[1].write_bytes(bytes(99)); harmed[2].unlink(); harmed[3].write_bytes(b"")
+    block = next(folder.glob("blocks/*/block.safetensors"))
+    content = bytearray(block.read_bytes()); content[-5] ^= 4; block.write_bytes(content)
+    again = raptor("reproduce", "--preset", studies[2], home=folder.parent)
+    assert again.returncode == 0 and digests(folder) == before, again.stderr
+    for path in (*harmed, block): assert re.search(f"raptor: {re.escape(str(path))} is (missing|not what its run wrote); it is made again.", again.stderr)
+    assert not re.search("train_teacher|cache_|find_phases|train_block.*train_block", again.stdout, re.S), "nothing else is trained again"
+
+
+def test_a_result_that_is_damaged_is_named_by_whoever_reads_it(studies, tmp_path):
+    shutil.copytree(studies[0], tmp_path/"tiny")
+    table = next((tmp_path/"tiny").glob("probes/*/result.csv"))
+    table.write_bytes(bytes(99))
+    assert f"{table} is damaged" in sentence(raptor("run", "tab_probes", "--preset", studies[2], home=tmp_path))
+
+
 def test_k_larger_than_the_depth(studies, tmp_path):
     folder, _, preset = studies
     shutil.copytree(folder, tmp_path/"home"/"tiny", ignore=shutil.ignore_patterns("phases", ".snakemake"))
@@ -253,12 +302,13 @@ def test_k_larger_than_the_depth(studies, tmp_path):
 def test_the_page_needs_no_network(studies):
     page = (studies[0]/"summary.html").read_text()
     assert "not run: " not in page and page.count("<img") >= 2, "every main item ran"
+    assert "Content-Security-Policy" in page.partition("<style>")[0] and "script-src" not in page and "default-src 'none'" in page
     assert not re.search(r"""<script|<link|@import|(src|srcset|data)\s*=\s*["']?\s*(https?:)?//|url\(\s*["']?\s*(https?:)?//""", page)
 
 
 def test_nothing_is_done_twice_but_more_replicas_are_trained_beside_those_that_are_there(studies):
     folder, _, preset = studies
-    def made(): return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and ".snakemake" not in p.parts and p.name not in ("study.yaml", ".lock", ".checked")}
+    def made(): return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and not {".snakemake", ".done"} & set(p.parts) and p.name not in ("study.yaml", ".lock", ".checked")}
     before = made()
     again = raptor("reproduce", "--preset", preset, home=folder.parent)
     assert again.returncode == 0 and re.fullmatch(r"done in \d+ s: \S+summary.html\n", again.stdout), again.stdout
@@ -281,3 +331,64 @@ def test_every_item_has_a_notebook_and_every_notebook_a_rule():
     from raptor.study.presets import STAGES
     assert set(MAIN_ITEMS) | set(STAGES) | {"summary"} <= names
     assert all(f"rule {s}:" in snakefile or f"checkpoint {s}:" in snakefile for s in STAGES)
+
+
+# what is said ----------------------------------------------------------------------------------------------------------
+def test_what_a_preset_says_is_text_on_the_page(tmp_path):
+    from raptor.pipeline.page import study_facts
+    from raptor.study.study import Study
+    preset = load_preset("smoke").model_copy(update={"title": "<script>alert(1)</script> | a *title*"})
+    (tmp_path/"smoke"/"phases").mkdir(parents=True)
+    (tmp_path/"smoke"/"phases"/"phases.json").write_text('{"ends": {"2": [2, 6]}}')
+    facts = study_facts(Study(preset, tmp_path, "smoke"))
+    assert "<script>" not in facts and r"&lt;script&gt;alert(1)&lt;/script&gt; \| a \*title\*" in facts and "nan" not in facts
+
+
+@pytest.mark.parametrize("ends", ['{"2": ["$(touch X)", 6]}', '{"2": [6, 2]}', '{"x": [2, 6]}', '["a"]', "3"])
+def test_phases_that_are_none_are_refused_where_they_are_read(tmp_path, ends):
+    from raptor.study.study import Study
+    path = tmp_path/"smoke"/"phases"/"phases.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(f'{{"ends": {ends}}}')
+    with pytest.raises(RaptorError, match=re.escape(str(path))): Study.open("smoke", tmp_path).ends
+
+
+@pytest.mark.parametrize("argv", [["run", "fig_similarity"], ["page"], ["reproduce", "--only", "fig_similarity", "--dry-run"]])
+def test_a_preset_may_be_named_by_a_relative_path(tmp_path, monkeypatch, argv):
+    "The studies of this preset have not run: what is missing is not the preset."
+    tiny(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    said = raptor(*argv, "--preset", "tiny.yaml", "--home", "home", home=tmp_path/"other")
+    assert "preset file" not in said.stderr and ("phases/distance.csv" in said.stderr or "notebook summary" in said.stderr or said.returncode == 0), said.stderr
+
+
+@pytest.mark.parametrize("variable", ["RAPTOR_HOME", "RAPTOR_DATA"])
+def test_a_home_folder_that_does_not_exist_is_named(monkeypatch, variable):
+    from raptor.core import data_root, home_root
+    monkeypatch.setenv(variable, "~nobody-of-this-name/x")
+    with pytest.raises(RaptorError, match=f"set {variable} to an absolute path"): (home_root if variable == "RAPTOR_HOME" else data_root)()
+
+
+def test_a_working_folder_that_was_deleted_is_named(tmp_path):
+    (tmp_path/"gone").mkdir()
+    process = subprocess.run(["/bin/sh", "-c", f"rmdir {tmp_path/'gone'}; {sys.executable} -m raptor reproduce --preset smoke --home here --dry-run"],
+                             cwd=tmp_path/"gone", env={**os.environ, "PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
+    assert "set RAPTOR_HOME to an absolute path" in sentence(process)
+
+
+def test_a_user_without_a_name_and_a_home_gets_both(tmp_path, monkeypatch):
+    import pwd
+    from raptor.pipeline.processes import name_user
+    def unknown(uid): raise KeyError(uid)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "LOGNAME"): monkeypatch.delenv(name, raising=False)
+    name_user()
+    assert os.environ["LOGNAME"] == f"uid{os.getuid()}" and os.access(os.environ["HOME"], os.W_OK)
+
+
+@pytest.mark.parametrize("profile,words", [("nowhere", "nowhere"), ("broken", "Snakemake cannot run the study")])
+def test_what_snakemake_says_is_passed_on(tmp_path, profile, words):
+    need_study()
+    (tmp_path/"broken").mkdir(); (tmp_path/"broken"/"config.yaml").write_text("executor: [1\n")
+    said = sentence(raptor("reproduce", "--preset", "smoke", "--dry-run", "--profile", tmp_path/profile, home=tmp_path/"home"))
+    assert words in said and "above" not in said

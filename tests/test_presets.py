@@ -1,9 +1,12 @@
 """Presets are data: strict to read, and the list of runs follows from them."""
 import inspect
+import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import MISSING, fields
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import yaml
@@ -11,15 +14,19 @@ from pydantic import TypeAdapter
 
 from raptor.core import RaptorError, fingerprint, paper_root, read_json
 from raptor.pipeline import needs
-from raptor.pipeline.needs import check_files, check_models, run_needs
+from raptor.figures.style import save_figure
+from raptor.pipeline import cli
+from raptor.pipeline.needs import check_models, check_study, describe_data, readiness, run_needs
+from raptor.pipeline.page import study_facts
+from raptor.pipeline.processes import claimed_gpus, visible_gpus
+from raptor.pipeline.runs import describe_runs
 from raptor.probes.heads import DepthHead
 from raptor.probes.train import ProbeConfig
-from raptor.study.controls import control_runs
-from raptor.study.presets import (
-    SEEDS, STAGES, HeadSettings, all_runs, block_runs, load_preset, preset_names, preset_path, preset_schema,
-    probe_runs, raptor_runs
+from raptor.study.controls import all_runs, block_runs, control_runs, probe_runs, raptor_runs
+from raptor.study.presets import SEEDS, STAGES, load_preset, preset_names, preset_path, preset_schema
+from raptor.study.settings import (
+    FIT_DEFAULTS, PROBE_DEFAULTS, FitSettings, HeadSettings, ProbeSettings, TrainSettings, validated
 )
-from raptor.study.settings import FitSettings, ProbeSettings, TrainSettings, validated
 from raptor.study.study import Study
 from raptor.train.fit import FitConfig
 from raptor.train.stages import TrainConfig
@@ -51,9 +58,14 @@ def test_every_preset_that_ships_is_whole(name):
     check_models(preset)
 
 
+def test_the_defaults_of_a_training_are_those_of_the_classes():
+    for cls, defaults in ((FitConfig, FIT_DEFAULTS), (TrainConfig, FIT_DEFAULTS), (ProbeConfig, PROBE_DEFAULTS)):
+        assert {k: getattr(cls, k) for k in defaults} == defaults
+
+
 @pytest.mark.parametrize("cls,kind,left_out", [
-    (FitConfig, FitSettings, {"seed"}), (TrainConfig, TrainSettings, {"seed"}),
-    (ProbeConfig, ProbeSettings, {"seed", "steps", "eval_every"})])
+    (FitConfig, FitSettings, {"seed", "stale"}), (TrainConfig, TrainSettings, {"seed", "stale"}),
+    (ProbeConfig, ProbeSettings, {"seed", "stale", "steps", "eval_every"})])
 def test_the_settings_are_those_of_the_classes(cls, kind, left_out):
     "They are repeated as data, since the classes need torch; every default is in range."
     values = {f.name: f.default for f in fields(cls) if f.name not in left_out}
@@ -124,7 +136,7 @@ def test_equal_presets_have_equal_fingerprints(tmp_path):
     (lambda v: v["controls"].update(drop_paths=["none"]),
      r"controls: drop_paths\[0\] is 'none'; it must be a valid number"),
     (lambda v: v.update(stage2=[5]), r"stage2 must hold keys and values, not \[5\]"),
-    (lambda v: v["stage1"].update(lr="1e-3"), "stage1: lr is '1e-3'; it must be a valid number"),
+    (lambda v: v["stage1"].update(lr="fast"), "stage1: lr is 'fast'; it must be a valid number"),
     (lambda v: v["stage2"].update(forcing="fre"), "stage2: forcing: unknown value 'fre'; did you mean 'free'"),
     (lambda v: v["last_block"].update(token_weights=[1, 2]),
      "last_block: token_weights is .*; it must have at least 3"),
@@ -184,7 +196,7 @@ def test_an_invalid_preset_gets_a_sentence_with_the_place(tmp_path, change, sent
     ("- a\n- list", r"preset mine.yaml must hold keys and values, not \['a', 'list'\]"),
     ("", "must hold keys and values, not None"), ("just words", "not 'just words'"),
     *((text, "is not valid YAML")
-      for text in ("title: [", "title: {a: b: c}", "{[1]: 2}", "title: 2024-13-45", b"title: \xff"))])
+      for text in ("title: [", "title: {a: b: c}", "{[1]: 2}")), (b"title: \xff", "is not text in UTF-8")])
 def test_a_file_that_is_no_preset_is_one_sentence(tmp_path, text, sentence):
     (tmp_path/"mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RaptorError, match=sentence) as e: load_preset(tmp_path/"mine.yaml")
@@ -204,7 +216,7 @@ def test_seeds_that_are_not_given_are_the_usual_ones(tmp_path):
     (lambda v: v["teacher"].update(name="resnet50"), "mine: teacher: resnet50 .* cannot be a backbone"),
     (lambda v: v["teacher"].update(img_size=25), "mine: teacher: .*not a multiple of the patch size"),
     (lambda v: v["probes"]["depth"].update(img_size=[24, 26]), "mine: teacher: .*not a multiple of the patch size"),
-    (lambda v: v.update(extra_models={"small": {"name": "vit_smal_patch14_dinov2"}}),
+    (lambda v: v.update(extra_models={"small": {"name": "vit_smal_patch14_dinov2", "random": True}}),
      "mine: extra_models: small: unknown timm model 'vit_smal_patch14_dinov2'; did you mean"),
     (lambda v: v["phases"].update(ks=[2, 7]),
      "phases: vit_nano_patch4_reg4_24 has 6 layers, which cannot be divided into k = 7 phases of at least 1"),
@@ -216,12 +228,12 @@ def test_seeds_that_are_not_given_are_the_usual_ones(tmp_path):
      "unknown split of digit_scenes 'tests'; did you mean 'test'"),
 ])
 def test_what_only_torch_can_tell_is_told_before_any_work(tmp_path, change, sentence):
-    with pytest.raises(RaptorError, match=sentence): check_files(Study.open(write(tmp_path, change), tmp_path))
+    with pytest.raises(RaptorError, match=sentence): check_study(Study.open(write(tmp_path, change), tmp_path))
 
 
 def test_more_blocks_than_layers_in_the_sweep_are_left_out(tmp_path):
     preset = load_preset(write(tmp_path, lambda v: v["controls"].update(ks=[1, 9])))
-    check_files(Study.open(preset, tmp_path))
+    check_study(Study.open(preset, tmp_path))
     assert control_runs(preset, {2: (3, 6)})["partitions-r0"].params["ks"] == [1, 2]
 
 
@@ -236,15 +248,14 @@ def test_a_model_on_a_hub_is_built_only_when_it_is_needed(tmp_path, monkeypatch)
 
 def test_models_are_looked_at_once(tmp_path, monkeypatch):
     looked = []
-    monkeypatch.setattr(needs, "check_models", looked.append)
+    monkeypatch.setattr(needs, "check_models", lambda preset: looked.append(preset) or {})
     mine = load_preset(write(tmp_path, lambda v: None))
-    check_files(Study.open("smoke", tmp_path))
+    check_study(Study.open("smoke", tmp_path))
     assert not looked, "it ships with the package"
-    (tmp_path/"mine").mkdir()
-    check_files(Study.open(mine, tmp_path))
-    check_files(Study.open(mine, tmp_path))
+    check_study(Study.open(mine, tmp_path))
+    check_study(Study.open(mine, tmp_path))
     assert looked == [mine], "the study keeps a mark of it"
-    check_files(Study.open(changed(mine, stage2={**mine.stage2, "lr": 1e-4}), tmp_path))
+    check_study(Study.open(changed(mine, stage2={**mine.stage2, "lr": 1e-4}), tmp_path))
     assert len(looked) == 2, "it has changed since"
 
 
@@ -307,6 +318,14 @@ def test_ends_are_unknown_until_they_are_found(tmp_path):
     (study.folder/"phases").mkdir(parents=True)
     (study.folder/"phases"/"phases.json").write_text('{"ends": {"2": [2, 6]}}')
     assert study.known_ends == study.ends == {2: (2, 6)} and ("block", "0-2-r0") in study.runs
+    (study.folder/"phases"/"phases.json").write_text('{"ends": {"2": ["$(touch X)", 6]}}')
+    with pytest.raises(RaptorError, match="phases.json .* run find_phases again"): study.runs
+
+
+def test_every_wildcard_of_a_shell_line_is_quoted():
+    lines = [line for line in (paper_root()/"Snakefile").read_text().splitlines() if "shell:" in line]
+    used = [name for line in lines for name in re.findall(r"\{(wildcards[^}]*)\}", line)]
+    assert len(used) >= 5 and all(name.endswith(":q") for name in used)
 
 
 # a study that is opened once -----------------------------------------------------------------------------------------
@@ -330,3 +349,137 @@ def test_a_record_replaces_no_column_of_a_table(tmp_path):
     assert study.load_tables("t.csv").to_dict("list") == {"preset": ["other"], "seed": [7], "data": ["d"]}
     study.save_table("u.csv", pd.DataFrame({"seed": [7]}))
     assert study.load_tables("u.csv")[["seed", "preset"]].to_dict("list") == {"seed": [7], "preset": ["smoke"]}
+
+
+def test_a_folder_belongs_to_one_preset(tmp_path):
+    "A file with the name of a preset that ships has a folder of its own; files of one name are told apart."
+    names = set()
+    for place in ("a", "b"):
+        (tmp_path/place).mkdir()
+        for name in ("smoke", "mine"): (tmp_path/place/f"{name}.yaml").write_text(preset_path("smoke").read_text())
+        names.add(load_preset(tmp_path/place/"smoke.yaml").name)
+    assert len(names | {"smoke"}) == 3 and load_preset(preset_path("smoke")).name == "smoke"
+    one, two = (Study.open(tmp_path/place/"mine.yaml", tmp_path) for place in ("a", "b"))
+    one.folder.mkdir()
+    (one.folder/"study.yaml").write_text(yaml.safe_dump({"preset": one.origin}))
+    needs.check_folder(one)
+    with pytest.raises(RaptorError, match=f"mine holds the study of {one.origin}; rename"): needs.check_folder(two)
+    (tmp_path/"a"/"mine.yaml").unlink()
+    needs.check_folder(two) # the file has moved
+
+
+def test_too_small_a_disk_or_a_home_that_is_none_leaves_nothing(tmp_path):
+    large = load_preset(write(tmp_path, lambda v: v["resources"].update(disk_gb=10**9)))
+    with pytest.raises(RaptorError, match="GB free and the work needs"): check_study(Study.open(large, tmp_path/"home"))
+    home = tmp_path/"mine.yaml"/"home"
+    with pytest.raises(RaptorError, match=f"cannot write to {home/'smoke'}"): check_study(Study.open("smoke", home))
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_a_wrong_parameter_leaves_nothing(tmp_path, monkeypatch, capsys):
+    for name in ("end_with_parent", "stop_on_signals"): monkeypatch.setattr(cli, name, lambda: None)
+    run = ["run", "train_block", "--preset", "smoke", "--home", str(tmp_path/"home"), "--param"]
+    for param, sentence in (("wrong=x", "unknown parameter"), ("seed=[", "--param seed is not valid YAML"),
+                            ("seed={a: 1, a: 2}", "'a' stands twice")):
+        with pytest.raises(SystemExit): cli.main([*run, param])
+        assert sentence in capsys.readouterr().err and not (tmp_path/"home").exists()
+
+
+# random weights and the arguments of the teacher -----------------------------------------------------------------------
+def test_random_weights_are_named_wherever_results_are_shown(tmp_path):
+    def random(v):
+        v["teacher"] = {"name": "vit_nano_patch4_reg4_24", "random": True}
+        v["phases"]["ends"] = {2: [3, 6]}
+    study, caveat = Study.open(write(tmp_path, random), tmp_path), "random weights: teacher"
+    assert study.preset.caveat == study.record()["caveat"] == caveat and f"| caveat | {caveat} |" in study_facts(study)
+    assert describe_data(study.preset)[0].endswith("vit_nano_patch4_reg4_24: random weights")
+    figure = plt.figure()
+    save_figure(figure, tmp_path/"f", study.preset.caveat)
+    assert [text.get_text() for text in figure.texts] == [caveat]
+    plt.close(figure)
+    for name in ("smoke", "digits", "dinov2_vitb14"):
+        assert load_preset(name).caveat == "" and "caveat" not in Study.open(name).record()
+    assert load_preset("dinov2_reduced").caveat == "random weights: teacher, without_registers"
+    assert all(".preset.caveat)" in p.read_text() for p in paper_root().glob("*.ipynb") if "save_figure(" in p.read_text())
+
+
+def test_the_teacher_is_created_as_the_preset_says(tmp_path, monkeypatch):
+    created = {}
+    monkeypatch.setattr("raptor.teacher.backbone.Backbone.create", lambda name, **given: created.update(given, name=name))
+    def given(v):
+        v["teacher"] = {"name": "vit_base_patch16_224.mae", "weights": "mae.pth", "mean": [0, 0.5, 1], "std": [1, 1, 2],
+                        "timm": {"qk_norm": True}, "img_size": [32, 48]}
+    study = Study.open(write(tmp_path, given), tmp_path)
+    study.teacher()
+    assert created.pop("weights").name == "mae.pth"
+    assert created == {"name": "vit_base_patch16_224.mae", "pretrained": False, "img_size": (32, 48),
+                       "mean": (0, 0.5, 1), "std": (1, 1, 2), "qk_norm": True}
+    assert study.normalisation() == {"mean": (0, 0.5, 1), "std": (1, 1, 2)} == study.normalisation("k2-r0")
+
+
+def test_data_without_a_size_are_read_at_the_models(tmp_path):
+    def sized(v):
+        v["teacher"]["img_size"], v["probes"]["depth"]["img_size"] = 48, [24, 32]
+        v["probes"]["segmentation"]["data"]["size"] = 24
+    preset = load_preset(write(tmp_path, sized))
+    assert preset.data.size == 48 and {t: p.data.size for t, p in preset.probes.items()} == {
+        "classification": 48, "segmentation": 24, "depth": [24, 32]}
+    with pytest.raises(RaptorError, match="segmentation: data has 24x24 pixels and teacher takes 48x48"):
+        check_study(Study.open(preset, tmp_path))
+    assert load_preset("smoke").data.size is None
+
+
+# what runs, and on how many processes ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("only,counts", [
+    ((), (6, 3, 12, 0)), (("train_block",), (6, 0, 0, 0)), (("train_raptor",), (6, 3, 0, 0)), (("fig_norms",), (3, 1, 0, 0)),
+    (("fig_similarity",), (0, 0, 0, 0)), (("fig_accuracy_r2",), (6, 3, 4, 0)), (("tab_probes",), (6, 3, 12, 0)),
+    (("fig_partitions",), (0, 0, 0, 1)), (("tab_ablation",), (6, 3, 4, 2)), (("fig_norms", "fig_partitions"), (3, 1, 0, 1))])
+def test_the_dry_run_lists_what_is_asked_for(tmp_path, only, counts):
+    preset = load_preset("digits")
+    study = Study.open(changed(preset, phases=changed(preset.phases, ends=PAPER)), tmp_path)
+    lines = describe_runs(study, only=only).splitlines()
+    assert tuple(sum(line.startswith(kind) for line in lines) for kind in ("block ", "raptor ", "probe ", "control ")) == counts
+
+
+def test_the_dry_run_of_a_stage_that_comes_first_lists_nothing_behind_it(tmp_path):
+    study = Study.open("smoke", tmp_path)
+    assert "smoke: train_teacher; nothing else" in describe_runs(study, only=("train_teacher",))
+    assert "then what fig_norms needs" in describe_runs(study, only=("fig_norms",))
+    with pytest.raises(RaptorError, match="did you mean 'fig_norms'"): describe_runs(study, only=("fig_norm",))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_what_is_missing_here_is_told(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAPTOR_DATA", str(tmp_path))
+    assert readiness(name, tmp_path/"home").startswith("ready" if name in ("smoke", "digits") else "no data in")
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_are_as_many_as_the_gpus_that_a_run_gets(tmp_path):
+    "From the preset, or from a profile's set-resources."
+    pytest.importorskip("snakemake")
+    def four(v): v["phases"]["ends"], v["resources"]["rules"] = {2: [3, 6]}, {"train_block": {"gpu": 4}}
+    config = tmp_path/"study.yaml"
+    config.write_text(yaml.safe_dump({"preset": str(write(tmp_path, four)), "items": [], "only": ["train_raptor"]}))
+    for gpus, processes in ((None, 4), (2, 2), (1, None), (0, None)):
+        given = [] if gpus is None else ["--set-resources", f"train_block:gpu={gpus}"]
+        command = [sys.executable, "-m", "snakemake", "--snakefile", paper_root()/"Snakefile", "--configfile", config,
+                   "--directory", tmp_path/"mine", "--dry-run", "--printshellcmds", "--cores", "8", *given]
+        said = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        lines = [line for line in (said.stdout + said.stderr).splitlines() if " run train_" in line]
+        assert all("--num_processes" not in line for line in lines if "train_block" not in line)
+        blocks = [re.search(r"--num_processes (\d+)", line) for line in lines if "run train_block" in line]
+        assert [m and int(m[1]) for m in blocks] == [processes] * 2, said.stderr[-2000:]
+
+
+@pytest.mark.parametrize("listed,seen", [
+    ("0,1", ["0", "1"]), (" 0 , 1 ", ["0", "1"]), ("", []), ("-1", []), ("0,-1,1", ["0"]), ("1,,2", ["1"]), ("NoDevFiles", []),
+    ("0,x,1", ["0"]), ("0,0", []), ("GPU-3f,GPU-41", ["GPU-3f", "GPU-41"]), ("GPU-3f,-1,GPU-41", ["GPU-3f"]), ("10", ["10"]),
+    ("MIG-GPU-x/3/0,MIG-GPU-x/4/0", ["MIG-GPU-x/3/0", "MIG-GPU-x/4/0"]), ("MIG-41a", ["MIG-41a"])])
+def test_a_list_of_gpus_is_read_as_cuda_reads_it(listed, seen, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("SLURM_JOB_ID", "LOCAL_RANK"): monkeypatch.delenv(name, raising=False)
+    assert visible_gpus() == seen
+    with claimed_gpus(1) as mine: assert mine == seen[:1]
+    assert all(p.name.endswith(".lock") for p in tmp_path.iterdir())

@@ -94,7 +94,7 @@ def test_a_probe_leaves_the_backbone_alone(augment):
     seed_everything(0)
     backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
     model = RaptorBackbone(backbone, Raptor.create(Phases((2, 6)), backbone.dim, backbone.num_heads))
-    data = load_dataset("digit_scenes", "train", "segmentation", limit=64, train_transform=False)
+    data = load_dataset("digit_scenes", "train", "segmentation", limit=64, augment=False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     # the parameters of a new Raptor require gradients: the loop must freeze the model that it is given
     config = ProbeConfig(epochs=1, batch_size=32, lr=0.1, augment=augment, log_every=1)
@@ -197,7 +197,7 @@ def test_heads_on_disk(tmp_path):
     again = load_head(PassThrough(), "depth", path)
     assert torch.equal(again.linear.weight, head.linear.weight) and torch.equal(again.centres, head.centres)
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(RaptorError, match="missing or damaged"): load_head(PassThrough(), "depth", path)
+    with pytest.raises(RaptorError, match="damaged"): load_head(PassThrough(), "depth", path)
 
 
 def test_an_unknown_task_is_refused():

@@ -411,7 +411,7 @@ def test_installed_wheel_finds_the_paper(wheel, tmp_path):
     assert out.split() == [str((site/"raptor"/"paper").resolve()), SETTINGS["version"]]
     assert list(empty.iterdir()) == []
     entry = next(site.glob("raptor_vit-*.dist-info/entry_points.txt")).read_text()
-    assert "raptor = raptor.pipeline.cli:main" in entry
+    assert "raptor = raptor.__main__:main" in entry
 
 def test_checkout_finds_the_paper(tmp_path):
     out = call(sys.executable, "-c", "import raptor.core; print(raptor.core.paper_root())", cwd=tmp_path)

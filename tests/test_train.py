@@ -8,12 +8,15 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from raptor.core import RaptorError, seed_everything, seed_for
 from raptor.model.block import RecurrentBlock
 from raptor.model.raptor import Raptor
 from raptor.phases import Phases
-from raptor.train.fit import FitConfig, Trainer, fit, learning_rate, load_checkpoint, save_checkpoint
+from raptor.train.checkpoint import load_checkpoint, save_checkpoint
+from raptor.train.fit import FitConfig, Trainer, fit, learning_rate
 from raptor.train.losses import StateLoss, ar_loss, tf_loss
 from raptor.train.stages import SpanObjective, TrainConfig, benchmark_step, train_raptor, train_span
 
@@ -195,6 +198,66 @@ def test_a_diverging_run_stops_with_its_step():
     with pytest.raises(RaptorError, match="loss is nan at step 10"): train_span(Bad(), new_block(), (0, 3), SHORT)
 
 
+class Breaks(nn.Module):
+    "One weight, whose loss or gradient is NaN at step `at` and finite at all others."
+    def __init__(self, what, at):
+        super().__init__()
+        self.w, self.what, self.at = nn.Parameter(torch.ones(())), what, at
+    def forward(self, batch, step):
+        loss = self.w.square()
+        if step == self.at: loss = loss*float("nan") if self.what == "loss" else loss + 0*(self.w - self.w.detach()).sqrt()
+        return {"loss": loss}
+
+@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("at,kept", [(5, None), (12, 10), (29, 20)]) # the last step of the checkpoint that is left
+def test_nothing_that_is_not_finite_is_saved(tmp_path, clip, what, at, kept):
+    config = FitConfig(steps=30, warmup=0, lr=0.1, clip=clip, log_every=1000, checkpoint_every=10)
+    assert torch.isfinite(Breaks(what, at)(None, at)["loss"]) == (what == "gradient")
+    with pytest.raises(RaptorError, match="at step [123]0; lower lr, or look for bad data"):
+        fit(Breaks(what, at), lambda first, *_: iter([None]*(30 - first)), config, tmp_path)
+    path = tmp_path/"checkpoint.safetensors"
+    assert path.exists() == (kept is not None)
+    if kept: assert json.loads(_metadata(path)["raptor"])["step"] == kept and all(map(torch.isfinite, load_file(path).values()))
+    with pytest.raises(RaptorError, match="not finite|is nan"): # without a folder, too
+        fit(Breaks(what, at), lambda first, *_: iter([None]*(30 - first)), config)
+
+
+def test_an_evaluation_never_sees_weights_that_are_not_finite():
+    config = FitConfig(steps=4, warmup=0, clip=None, checkpoint_every=0)
+    with pytest.raises(RaptorError, match="the weight w is not finite at step 4"):
+        fit(Breaks("gradient", 3), lambda *_: iter([None]*4), config, evaluate=lambda step: pytest.fail("evaluated"))
+
+
+def test_a_row_tells_of_a_gradient_that_is_not_finite():
+    config = FitConfig(steps=8, warmup=0, log_every=2, checkpoint_every=0)
+    with pytest.raises(RaptorError, match="norm of the gradient is nan at step 4"):
+        fit(Breaks("gradient", 3), lambda *_: iter([None]*8), config)
+
+
+def test_the_loop_can_do_without_float64(tmp_path):
+    "Apple's GPUs have none: with float32 sums no tensor of the loop is float64, from start to resume."
+    class Narrow(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            assert not any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tree_leaves(out)), func
+            return out
+    def start():
+        run = Trainer(SpanObjective(new_block(), 0, SHORT), SHORT, None)
+        run.wide, run.folder, run.path, run.made_for = torch.float32, tmp_path, tmp_path/"checkpoint.safetensors", "x"
+        return run
+    batches = list(Rotating().batches(16, end=3, seed=0, steps=3))
+    with Narrow():
+        run = start()
+        for batch in batches: run.step(batch)
+        run.save()
+        again = start()
+        again.resume(again.optimizer.optimizer)
+        run.close_row(), again.close_row()
+    assert again.done == 3 and again.history == run.history and run.wide == torch.float32
+    assert Trainer(new_block(), SHORT).wide == torch.float64 # as the stored results were made
+
+
 def test_evaluations_are_rows_of_the_history_and_leave_the_model_in_training_mode():
     block, modes = new_block(), []
     class Watched(Rotating):
@@ -244,22 +307,61 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
         train_span(Rotating(), new_block(), (0, 3), SHORT, tmp_path)
 
 
-@pytest.mark.parametrize("change", ["span", "data", "config", "model"])
-def test_a_checkpoint_made_for_something_else_is_refused(tmp_path, change):
-    train_span(Rotating(), new_block(), (0, 3), SHORT, tmp_path)
-    source, span, config, block = Rotating(), (0, 3), SHORT, new_block()
-    if change == "span": span = (1, 4)
-    if change == "data": source.fingerprint = "other"
-    if change == "config": config = replace(SHORT, lr=2e-2)
-    if change == "model": block = RecurrentBlock(8, 2, mlp="gelu")
-    with pytest.raises(RaptorError, match="belongs to another run"): train_span(source, block, span, config, tmp_path)
+def made(seed=1, heads=2, **block): seed_everything(seed); return RecurrentBlock(8, heads, **{"layer_scale": 0.1, **block})
+
+@pytest.mark.parametrize("change", [
+    dict(span=(1, 4)), dict(fingerprint="other"), dict(block=lambda: made(mlp="gelu")), dict(block=lambda: made(seed=2)),
+    dict(block=lambda: made(layer_scale=0.2)), dict(block=lambda: made(heads=4)),
+    *(dict(config=c) for c in (dict(lr=2e-2), dict(noise=0.1), dict(clip=None), dict(seed=3), dict(weight_decay=0.0)))])
+def test_a_checkpoint_made_for_something_else_is_refused_or_replaced(tmp_path, change, capsys):
+    train_span(Rotating(), made(), (0, 3), SHORT, tmp_path)
+    source, config, make = Rotating(), replace(SHORT, **change.get("config", {})), change.get("block", made)
+    source.fingerprint, span = change.get("fingerprint", "rotating"), change.get("span", (0, 3))
+    with pytest.raises(RaptorError, match="checkpoint.safetensors belongs to another run, .* delete it, or choose"):
+        train_span(source, make(), span, config, tmp_path)
+    replaced, fresh = make(), make()
+    train_span(source, replaced, span, replace(config, stale="replace"), tmp_path)
+    assert "checkpoint.safetensors is of other settings; this run starts afresh" in capsys.readouterr().out
+    train_span(source, fresh, span, config)
+    assert same(weights(replaced), weights(fresh))
+    train_span(source, make(), span, config, tmp_path) # its checkpoint has taken the place
+    assert not capsys.readouterr().out
+
+
+def test_stage_two_does_not_go_on_from_other_blocks(tmp_path):
+    def start(lr): # stage 1, then stage 2 with the same settings
+        block = made()
+        train_span(Rotating(), block, (0, 6), replace(SHORT, lr=lr))
+        return train_raptor(Rotating(), Raptor([block], Phases((6,))), replace(SHORT, steps=10), tmp_path)
+    start(1e-2), start(1e-2)
+    with pytest.raises(RaptorError, match="first weights"): start(2e-2)
+
+
+def test_blocks_stay_with_the_trajectories_that_they_learned():
+    block, other = made(), Rotating()
+    other.fingerprint = "another teacher"
+    train_span(Rotating(), block, (0, 6), replace(SHORT, steps=2))
+    assert (block.trained_on, block.span) == ("rotating", (0, 6))
+    raptor = Raptor([block], Phases((6,)))
+    for train in (lambda: train_span(other, block, (0, 6), SHORT), lambda: train_raptor(other, raptor, SHORT)):
+        with pytest.raises(RaptorError, match=r"learned the trajectories rotating, and these \(another teacher\)"): train()
+    block.trained_on = None # to insist
+    train_raptor(other, raptor, replace(SHORT, steps=2))
+    assert raptor.trained_on == "another teacher"
+
+
+def test_blocks_that_come_to_share_a_weight_are_refused_before_training():
+    raptor = raptor_of((2, 6))
+    raptor.blocks[1].qkv.weight = raptor.blocks[0].qkv.weight
+    with pytest.raises(RaptorError, match="share the weight qkv.weight"): train_raptor(Rotating(), raptor, SHORT)
 
 
 def test_evaluation_batches_may_change_between_two_starts_and_the_seed_may_not():
     @dataclass(frozen=True)
     class Config(FitConfig): eval_batch_size:int = 8
-    first, same, other = (Trainer(new_block(), Config(**c)) for c in ({}, {"eval_batch_size": 16}, {"seed": 1}))
-    assert first.made_for == same.made_for != other.made_for
+    changes = {}, {"eval_batch_size": 16}, {"checkpoint_every": 7}, {"stale": "replace"}, {"seed": 1}
+    *alike, other = (Trainer(new_block(), Config(**c)).made_for for c in changes)
+    assert len(set(alike)) == 1 and other not in alike
 
 
 WORKER = """
@@ -307,11 +409,13 @@ def test_a_killed_run_resumes_and_ends_with_the_same_weights(tmp_path, how, unin
     assert same(load_file(tmp_path/"cut"/"done.safetensors"), uninterrupted)
 
 
+def _metadata(path):
+    head = path.read_bytes()
+    return json.loads(head[8:8 + int.from_bytes(head[:8], "little")])["__metadata__"]
+
 def test_checkpoints_hold_no_pickle(tmp_path):
     train_span(Rotating(), new_block(), (0, 3), SHORT, tmp_path)
-    head = (tmp_path/"checkpoint.safetensors").read_bytes()
-    meta = json.loads(head[8:8 + int.from_bytes(head[:8], "little")])["__metadata__"]
-    assert json.loads(meta["raptor"])["step"] == 30
+    assert json.loads(_metadata(tmp_path/"checkpoint.safetensors")["raptor"])["step"] == 30
 
 
 def test_golden_run():

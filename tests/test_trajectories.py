@@ -9,6 +9,7 @@ import time
 import tracemalloc
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import raptor.trajectories.cache as cache_module
 import raptor.trajectories.live as live_module
 from raptor.core import RaptorError, fingerprint
+from raptor.data.load import DATASETS, load_dataset
+from raptor.phases import layer_distance
+from raptor.pipeline.cli import check_caches, main
+from raptor.study.presets import load_preset, preset_names
+from raptor.study.study import Study
 from raptor.teacher.backbone import Backbone
-from raptor.trajectories.cache import CachedTrajectories, chunk_shape, estimate_cache_bytes
+from raptor.trajectories.cache import CachedTrajectories, cache_faults, chunk_shape, estimate_cache_bytes
 from raptor.trajectories.live import LiveTrajectories, estimate_cache
 from raptor.trajectories.order import BatchPlan, fetch_batches, permutation, prefetch
 
@@ -309,7 +316,7 @@ def test_cached_equals_live_up_to_16_bits_and_zarr_reads_it(backbone, tmp_path, 
     assert group["states"].shape == (50, 4, 9, 16) and group["states"].chunks == (8, chunk, 9, 16)
     assert np.array_equal(group["states"][:], kept.numpy() if dtype == "float16" else kept.view(torch.uint16).numpy())
     assert group["targets"][:].tolist() == [3 * i for i in range(50)]
-    assert group.attrs["raptor"]["complete"] and cached.fingerprint == live.fingerprint
+    assert len(group.attrs["raptor"]["checksums"]) == 8*cached.checksums.size and cached.fingerprint == live.fingerprint
     for name in ("num_images", "depth", "num_tokens", "dim", "num_prefix", "has_cls", "layers"):
         assert getattr(cached, name) == getattr(live, name)
 
@@ -348,9 +355,9 @@ def test_same_shuffled_batches_as_live_when_one_pool_holds_the_cache(backbone, s
 
 
 def test_an_epoch_opens_each_file_of_the_span_once_and_no_other(stored, monkeypatch):
-    opened, real = [], os.open
+    opened, real, cached = [], os.open, CachedTrajectories(stored, pool_chunks=3)
     monkeypatch.setattr(os, "open", lambda path, flags: (opened.append(str(path)), real(path, flags))[1])
-    list(CachedTrajectories(stored, pool_chunks=3).batches(5, start=1, end=2, seed=0, steps=10))
+    list(cached.batches(5, start=1, end=2, seed=0, steps=10))
     names = [str(Path(p).relative_to(stored)) for p in opened]
     assert sorted(names) == sorted(f"states/c/{c}/{s}/0/0" for c in range(13) for s in (1, 2))
 
@@ -479,8 +486,8 @@ def test_states_of_another_precision_are_other_states(backbone, copy, tmp_path):
 
 @pytest.mark.parametrize("damage, said", [
     (lambda f: f.unlink(), "states/c/2/1/0/0 cannot be read"), (lambda f: f.write_bytes(b""), "has 0 bytes"),
-    (lambda f: f.write_bytes(f.read_bytes()[:-1]), "has 1151 bytes and needs 1152"),
-    (lambda f: f.write_bytes(f.read_bytes() + b"x"), "has 1153 bytes and needs 1152")])
+    (lambda f: f.write_bytes(f.read_bytes()[:-1]), "has 1155 bytes and needs 1156"),
+    (lambda f: f.write_bytes(f.read_bytes() + b"x"), "has 1157 bytes and needs 1156")])
 @pytest.mark.parametrize("seed", [None, 0])
 def test_damaged_chunks_are_named(copy, damage, said, seed):
     damage(copy/"states/c/2/1/0/0")
@@ -492,6 +499,184 @@ def test_damaged_chunks_are_named(copy, damage, said, seed):
 def test_damaged_targets_are_named(copy):
     (copy/"targets/c/12").unlink()
     with pytest.raises(RaptorError, match="targets/c/12"): next(CachedTrajectories(copy).batches(4, labels=True))
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def instead(path, make): path.unlink(); make(path)
+
+
+SAME_SIZE = { # what becomes of a file, and what the sentence says of it
+    "zeros": (lambda f: f.write_bytes(bytes(f.stat().st_size)), "is damaged"),
+    "a bit of the first number": (lambda f: flip(f, 0), "is damaged"),
+    "a bit of the last number": (lambda f: flip(f, -5), "is damaged"),
+    "a bit of the checksum": (lambda f: flip(f, -1), "is damaged"),
+    "another chunk": (lambda f: shutil.copy(str(f).replace("c/2/1", "c/3/1"), f), "is not the one"),
+    "another state": (lambda f: shutil.copy(str(f).replace("c/2/1", "c/2/0"), f), "is not the one"),
+    "a pipe": (lambda f: instead(f, os.mkfifo), "is not a regular file"),
+    "a device": (lambda f: instead(f, lambda f: f.symlink_to("/dev/zero")), "is not a regular file"),
+    "a folder": (lambda f: instead(f, Path.mkdir), "is not a regular file"),
+    "a link to nothing": (lambda f: instead(f, lambda f: f.symlink_to("nowhere")), "cannot be read"),
+}
+
+@pytest.mark.parametrize("damage, said", SAME_SIZE.values(), ids=SAME_SIZE)
+def test_damage_of_the_same_size_is_named_and_mended(backbone, copy, kept, damage, said):
+    bad = copy/"states/c/2/1/0/0"
+    damage(bad)
+    cached, said = CachedTrajectories(copy), f"chunk {bad} {said}"
+    for seed in (None, 0):
+        with pytest.raises(RaptorError, match=said): list(cached.batches(10, seed=seed, steps=5))
+    assert len(list(cached.batches(10, start=2))) == 5 # other files
+    assert [said in f for f in cache_faults(copy)] == [True]
+    if bad.is_dir(): bad.rmdir() # a folder is not ours to delete
+    mended = write_cache(backbone, Noise(), copy, chunk_images=4, chunk_states=1, batch_size=3)
+    assert torch.equal(torch.cat(list(mended.batches(50, dtype=torch.float16))), kept) and not cache_faults(copy)
+
+
+def test_a_damaged_target_is_named(copy):
+    flip(copy/"targets/c/3", 0)
+    with pytest.raises(RaptorError, match="targets/c/3 is damaged"): CachedTrajectories(copy).targets()
+
+
+def test_damage_of_an_unfinished_cache_is_mended(backbone, copy, kept):
+    change(copy/"zarr.json", lambda v: v["attributes"]["raptor"].update(checksums=None))
+    flip(copy/"states/c/5/0/0/0", 7)
+    mended = write_cache(backbone, Noise(), copy, chunk_images=4, chunk_states=1, batch_size=3)
+    assert torch.equal(torch.cat(list(mended.batches(50, dtype=torch.float16))), kept)
+
+
+def test_a_file_is_compared_with_its_checksum_once(copy, monkeypatch):
+    seen, real = [], cache_module.check_file
+    monkeypatch.setattr(cache_module, "check_file", lambda fd, path, *a: (seen.append(path), real(fd, path, *a)))
+    cached = CachedTrajectories(copy, pool_chunks=3)
+    list(cached.batches(5, end=0, seed=0, steps=40)) # four epochs
+    assert len(seen) == len(set(seen)) == 13
+    flip(copy/"states/c/2/0/0/0", 0) # while the cache is in use
+    with pytest.raises(RaptorError, match="c/2/0/0/0 is damaged"): list(cached.batches(5, end=0, seed=0, steps=10))
+
+
+def test_zarr_notices_damage_too(copy):
+    zarr = zarr_or_skip()
+    flip(copy/"states/c/2/1/0/0", 9)
+    with pytest.raises(ValueError, match="checksum"): zarr.open(copy, mode="r")["states"][8:12]
+
+
+def test_a_cache_without_checksums_is_refused(backbone, copy):
+    change(copy/"states/zarr.json", lambda v: v["codecs"].pop())
+    for use in (lambda: CachedTrajectories(copy), lambda: write_cache(backbone, Noise(), copy, chunk_images=4, chunk_states=1)):
+        with pytest.raises(RaptorError, match="has no checksums, as an earlier version wrote it; delete the folder"): use()
+
+
+def test_only_the_owner_replaces_a_cache(copy, tmp_path):
+    other = make_backbone(1)
+    def write(owner, path=copy): return write_cache(other, Noise(), path, chunk_images=4, owner=owner)
+    for owner in (None, "me"): # nobody owns it
+        with pytest.raises(RaptorError, match="choose another folder or delete it"): write(owner)
+    change(copy/"zarr.json", lambda v: v["attributes"]["raptor"].update(owner="me"))
+    (tmp_path/"link").symlink_to(copy)
+    for owner, path in ((None, copy), ("you", copy), ("me", tmp_path/"link")): # a folder elsewhere is left alone
+        with pytest.raises(RaptorError, match="choose another folder or delete it"): write(owner, path)
+    assert write("me").fingerprint == LiveTrajectories(other, Noise()).fingerprint
+    assert write("you").spec.owner == "me" # the same numbers, whoever asks
+
+
+def small_study(tmp_path, **data):
+    "A study whose teacher is as it was before its training."
+    smoke = load_preset("smoke")
+    data = smoke.data.model_copy(update={"limit": 32, "test_limit": 8, **data})
+    study = Study.open(smoke.model_copy(update={"data": data, "activations": smoke.activations.model_copy(update={"chunk_images": 8})}), tmp_path)
+    retrain(study, 0)
+    return study
+
+def retrain(study, seed):
+    torch.manual_seed(seed)
+    study.teacher(trained=False).save(study.folder/"teacher"/"backbone.safetensors")
+
+def test_a_study_replaces_its_own_cache_when_its_teacher_was_trained_again(tmp_path):
+    zarr_or_skip()
+    study = small_study(tmp_path)
+    first = study.cache()
+    same = {f: f.stat().st_mtime_ns for f in (first.path/"states").rglob("*")}
+    study.cache()
+    assert same == {f: f.stat().st_mtime_ns for f in (first.path/"states").rglob("*")}
+    retrain(study, 1)
+    with pytest.raises(RaptorError, match="was expected; write the cache again, or use another folder"): study.source()
+    assert study.cache().fingerprint == study.source().fingerprint != first.fingerprint
+
+
+def test_doctor_reads_the_caches_of_all_studies(tmp_path, capsys):
+    zarr_or_skip()
+    study = small_study(tmp_path)
+    study.cache()
+    def doctor(*options):
+        with pytest.raises(SystemExit) as e: main(["doctor", *options, "--home", str(tmp_path)])
+        return e.value.code, *capsys.readouterr()
+    code, out, _ = doctor()
+    assert code == 0 and "\ncache " not in out
+    code, out, _ = doctor("--deep")
+    assert code == 0 and f"{study.folder}/activations (intact)" in out
+    bad = study.folder/"activations/states/c/2/0/0/0"
+    flip(bad, 100)
+    (tmp_path/"other/activations").mkdir(parents=True)
+    code, out, err = doctor("--deep")
+    assert code == 1 and f"chunk {bad} is damaged" in out and "other/activations holds no trajectory cache" in out
+    assert "the caches have the 2 faults above; run `raptor cache" in err
+    study.cache()
+    shutil.rmtree(tmp_path/"other")
+    assert not [f for _, found in check_caches(tmp_path) for f in found]
+
+
+# --- images for the teacher ---
+
+def test_a_study_and_its_lines_by_hand_see_the_same_images(tmp_path):
+    "What `raptor reproduce` compares are the states that the README's lines compute."
+    study = small_study(tmp_path)
+    teacher, live = study.teacher(), study.source("train", limit=16)
+    data = load_dataset("digit_scenes", "train", teacher=teacher, limit=16)
+    assert teacher.mean == data.mean == (0.157,)*3 and data.fingerprint == live.dataset.fingerprint
+    assert torch.equal(next(LiveTrajectories(teacher, data).batches(16)), next(live.batches(16)))
+    with pytest.raises(RaptorError, match="size .24, 24. and vit_nano_patch4_reg4_24 takes .32, 32."):
+        LiveTrajectories(study.teacher(img_size=(32, 32)), data)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_normalise_images_as_their_teacher_takes_them(tmp_path, name):
+    study = Study.open(name, tmp_path)
+    teacher = SimpleNamespace(**study.normalisation(), img_size=study.preset.teacher.img_size or study.preset.data.size)
+    if study.preset.teacher.train is not None: # before and after its training
+        assert (study.teacher(trained=False).mean, study.teacher(trained=False).std) == (teacher.mean, teacher.std)
+    info = DATASETS[study.preset.data.name]
+    assert all(len(v) == 3 for v in study.normalisation().values()) and (info.folder or study.dataset().mean == teacher.mean)
+
+class Sized(Noise):
+    "Noise that says what it is."
+    def __init__(self, **about): super().__init__(4); self.__dict__.update(about)
+
+half = (0.5, 0.5, 0.5)
+
+@pytest.mark.parametrize("about, said", [
+    ({}, None), (dict(size=(8, 8), mean=half, std=half), None), (dict(size=8, mean=0.5, std=np.float32(0.5)), None),
+    (dict(mean=(0.500004, 0.5, 0.5)), None), (dict(mean=torch.tensor(half)), None), (dict(mean=lambda: 3), None),
+    (dict(size=(8, 16)), r"size \(8, 16\) and vit_nano_patch4_reg4_24 takes \(8, 8\)"),
+    (dict(size=24), r"size \(24\)"), (dict(mean=(0.485, 0.456, 0.406)), r"mean \(0.485, 0.456, 0.406\) .*takes \(0.5, 0.5"),
+    (dict(mean=half, std=(0.229, 0.224, 0.225)), r"std \(0.229.*open them with load_dataset\(..., teacher=...\)")])
+def test_images_that_the_backbone_does_not_take_are_refused(backbone, tmp_path, about, said):
+    if said is None: assert len(LiveTrajectories(backbone, Sized(**about))) == 4; return
+    for use in (LiveTrajectories, lambda *a: write_cache(*a, tmp_path/"c"), estimate_cache):
+        with pytest.raises(RaptorError, match=f"the images of noise train have {said}"): use(backbone, Sized(**about))
+    assert not (tmp_path/"c").exists()
+
+
+def test_layers_are_not_compared_on_augmented_images(backbone, tmp_path):
+    data = Noise(augmented=True)
+    for source in (LiveTrajectories(backbone, data), write_cache(backbone, data, tmp_path/"c")):
+        assert source.augmented
+        with pytest.raises(RaptorError, match="are augmented.*augment=False"): layer_distance(source)
+    assert layer_distance(LiveTrajectories(backbone, Noise())).shape == (3, 3)
 
 
 def change(path, edit):

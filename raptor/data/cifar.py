@@ -15,7 +15,8 @@ from torchvision.datasets.utils import check_integrity
 
 from ..core import RaptorError
 from .base import ArrayDataset, DatasetSpec, limited
-from .files import ImageArrays, ImageFiles, list_images
+from .files import ImageArrays, ImageFiles
+from .folders import list_images
 
 SOURCES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 

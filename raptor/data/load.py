@@ -50,10 +50,10 @@ def _open(spec, folder, download):
     if folder is None: return Digits(spec) if spec.kind == "digits" else DigitScenes(spec)
     from raptor.data.cifar import cifar
     from raptor.data.dense import ADE20K, NYUv2
-    from raptor.data.files import ImageFiles, image_folder, list_images
+    from raptor.data.folders import image_folder, imagenet
     if spec.kind.startswith("cifar"): return cifar(spec, folder, download)
-    if spec.kind == "imagenet": return ImageFiles(spec, folder, *list_images(spec, folder, spec.split))
-    return {"folder": image_folder, "ade20k": ADE20K}.get(spec.kind, NYUv2)(spec, folder)
+    makers = {"imagenet": imagenet, "folder": image_folder, "ade20k": ADE20K}
+    return makers.get(spec.kind, NYUv2)(spec, folder)
 
 # %% ../../nbs/api/data/05_load.ipynb #b4ade8ba
 def load_dataset(name:str, # a key of `DATASETS`, or "folder:PATH"
@@ -61,29 +61,45 @@ def load_dataset(name:str, # a key of `DATASETS`, or "folder:PATH"
     task:str="classification", # "classification", "segmentation", "depth" or "all"
     root=None, # root of the datasets; default RAPTOR_DATA
     *,
-    train_transform:bool|None=None, # augment items; None: only if `split` is "train"
-    size=None, # resolution, an integer (square) or (H, W); None: the dataset's own
+    teacher=None, # a `Backbone`, or anything with `img_size`, `mean` and `std`, which the images then have
+    augment:bool|None=None, # augment items; None: only if `split` is "train" and there is no teacher
+    size=None, # resolution, an integer (square) or (H, W); None: the teacher's, else the dataset's own
     limit:int|None=None, # largest number of items; for digit scenes, the exact number
     seed:int=0, # of scenes, subset and augmentation
-    mean=None, # three numbers in 0..1, as the backbone expects them; None: the dataset's own
-    std=None, # three numbers in 0..1; None: the dataset's own
+    mean=None, # three numbers in 0..1; None: the teacher's, else the dataset's own
+    std=None, # three numbers in 0..1; None: the teacher's, else the dataset's own
     on_error:str="raise", # unreadable files: "raise", or "skip" (leave out and count)
     download:bool=False, # fetch the archive of CIFAR-10 or CIFAR-100 if it is missing
 ): # `ImageDataset`: map-style; items {"image", "target", "index"}
     "The dataset `name`; raises `RaptorError` for an unknown name, split or task, and for files in another layout."
-    from raptor.data.base import DatasetSpec
+    from raptor.data.base import DatasetSpec, check_fits
     kind, _, path = str(name).partition(":")
     if kind == "folder" and not path: raise RaptorError("a folder of images is named 'folder:PATH'; give its path.")
     info = DATASETS[check_name(kind if kind == "folder" else name, DATASETS, "dataset (or folder:PATH)")]
+    if split == "test" and split not in info.splits:
+        raise RaptorError(f"{kind} has no split 'test'; use 'val' (in a preset, data: {{test_split: val}}).")
     check_name(split, info.splits, f"split of {kind}")
     check_name(on_error, ("raise", "skip"), "on_error")
     if task not in info.tasks: raise RaptorError(f"{kind} has no task {task!r}; it has {', '.join(info.tasks)}.")
     if limit is not None and limit < 1: raise RaptorError(f"limit={limit} leaves no items; give a positive number.")
     if download and not kind.startswith("cifar"): raise RaptorError(f"{kind} cannot be downloaded; omit download=True.")
+    if teacher is not None: size, mean, std = _of_teacher(teacher, kind, size, mean, std)
     size = info.size if size is None else tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if size and not (len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)):
         raise RaptorError(f"size={size} is not a resolution; give a positive integer or (H, W).")
     mean, std = (tuple(map(float, own if v is None else v)) for v, own in ((mean, info.mean), (std, info.std)))
-    train = split == "train" if train_transform is None else bool(train_transform)
-    spec = DatasetSpec(name, split, task, size, mean, std, train, limit, seed, on_error)
-    return _open(spec, data_folder(name, root), download)
+    if augment is None: augment = split == "train" and teacher is None
+    spec = DatasetSpec(name, split, task, size, mean, std, bool(augment), limit, seed, on_error)
+    data = _open(spec, data_folder(name, root), download)
+    if teacher is not None: check_fits(data, teacher)
+    return data
+
+def _of_teacher(teacher, kind, size, mean, std):
+    "Size, mean and std of a teacher, where they are not given."
+    names = ("img_size", "mean", "std")
+    if lacking := [n for n in names if not hasattr(teacher, n)]:
+        raise RaptorError(f"the teacher {type(teacher).__name__} has no {' and no '.join(lacking)}; "
+                          "pass a Backbone, or size, mean and std.")
+    theirs = [getattr(teacher, n) for n in names]
+    if kind.startswith("nyuv2"): theirs[0] = None # its size is that of the frame before padding
+    return [t if own is None else own for own, t in zip((size, mean, std), theirs)]

@@ -39,10 +39,12 @@ def new_axes(ax=None, # draw here; None: on a new figure
 # %% ../../nbs/api/figures/00_style.ipynb #e3cb1ea4
 def save_figure(figure, # a figure, its axes, or an array of its axes
                 path:str|Path, # destination; its suffix, if any, is replaced
+                caveat:str="", # what a reader must know to trust the figure, written in its corner
 ) -> list: # the two paths
     "Write PATH.png (150 dpi) and PATH.pdf atomically and without a date, so that the same figure gives the same file."
     figure = np.ravel(figure)[0] if isinstance(figure, np.ndarray) else figure
     figure, paths = figure if hasattr(figure, "savefig") else figure.figure, []
+    if caveat: figure.text(1, 0, caveat, ha="right", va="top", fontsize=7, color="0.3")
     for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
         paths.append(Path(path).with_suffix(suffix))
         with atomic_path(paths[-1]) as temporary, use_style(): figure.savefig(temporary, metadata=metadata)

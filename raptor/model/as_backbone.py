@@ -6,27 +6,40 @@
 __all__ = ['RaptorBackbone']
 
 # %% ../../nbs/api/model/05_as_backbone.ipynb #90b9001e
-from operator import attrgetter
+from operator import attrgetter, index
 
 from torch import Tensor, nn
 
 from ..core import RaptorError, fingerprint
+from .hub import creation
 from .raptor import Raptor
 from .recurrence import Recurrence
 from .tensors import weights_digest
 
 # %% ../../nbs/api/model/05_as_backbone.ipynb #c7a555c2
 class RaptorBackbone(Recurrence):
-    "A Raptor between the embedding and the final norm of its teacher; `RaptorError` if their depth or width differ."
+    """A Raptor between the embedding and the final norm of its teacher.
+
+    Raises `RaptorError` if their depth or width differ and, with `strict`, if the Raptor remembers another teacher.
+    A Raptor that remembers none, such as an imported one, is accepted by depth and width alone."""
     def __init__(self, backbone:nn.Module, # the teacher, a `Backbone`
         raptor:Raptor, # of the depth and width of the teacher
+        strict:bool=True, # refuse a backbone with other weights or another normalisation than `raptor.teacher` has
     ):
         super().__init__()
+        known = strict and getattr(raptor, "teacher", None)
+        needed = ("embed", "norm", "depth", "dim", *(["identity"] if known else []))
+        if missing := [name for name in needed if not hasattr(backbone, name)]:
+            raise RaptorError(f"the backbone is a {type(backbone).__name__} without {missing[0]}; "
+                "wrap a timm model as Backbone(model, name) first.")
+        if not hasattr(raptor, "assignment"):
+            raise RaptorError(f"the Raptor is a {type(raptor).__name__}; give RaptorBackbone(backbone, raptor).")
         for what in ("depth", "dim"):
             ours, theirs, name = getattr(raptor, what), getattr(backbone, what), getattr(backbone, "name", "given")
             if ours != theirs:
                 raise RaptorError(f"the Raptor has {what} {ours} and the backbone {name} has {what} {theirs}; "
                     "use the backbone that the Raptor was trained on.")
+        if known: _check_teacher(backbone.identity(), known)
         self.backbone, self.raptor = backbone, raptor
 
     depth, dim, num_heads, num_prefix, num_registers, num_tokens, has_cls, grid, img_size, mean, std = (
@@ -98,10 +111,26 @@ class RaptorBackbone(Recurrence):
             outputs.append((patches, prefix) if return_prefix_tokens and self.num_prefix else patches)
         return outputs if intermediates_only else (self.norm(states[:, -1]), outputs)
 
+def _check_teacher(found, wanted):
+    "Compare two identities: weights, image size and normalisation."
+    same = found["fingerprint"] == wanted["fingerprint"]
+    if found["img_size"] != wanted["img_size"]: same = found["blocks"] == wanted["blocks"] # at another resolution
+    cure = f"create it as {creation(wanted)}, or pass strict=False to insist."
+    if not same:
+        raise RaptorError(f"the Raptor was trained on {wanted['name']} with fingerprint {wanted['fingerprint']}, and "
+            f"the backbone {found['name']} has {found['fingerprint']}; {cure}")
+    for what in ("mean", "std"):
+        if any(abs(a - b) > 1e-6 for a, b in zip(found[what], wanted[what])):
+            raise RaptorError(f"the Raptor's teacher saw images of {what} {wanted[what]}, and the backbone has "
+                f"{found[what]}; {cure}")
+
 def _layers(indices, depth):
     "The states that timm's `indices` select, in increasing order."
     last = depth if indices is None else indices
-    chosen = range(-last, 0) if isinstance(last, int) else last
-    layers = sorted({i + 1 if i >= 0 else depth + i + 1 for i in chosen})
+    try:
+        chosen = range(-last, 0) if isinstance(last, int) else map(index, () if isinstance(last, str) else last)
+        layers = sorted({i + 1 if i >= 0 else depth + i + 1 for i in chosen})
+    except TypeError: layers = []
     if layers and 1 <= layers[0] and layers[-1] <= depth: return layers
-    raise RaptorError(f"indices {indices} do not lie in the {depth} layers; give 0..{depth - 1} or a number.")
+    raise RaptorError(f"indices {indices!r} do not lie in the {depth} layers; "
+        f"give a list of 0..{depth - 1}, a number, or None for all.")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from ..core import RaptorError
+from ..core import RaptorError, open_regular
 from ..phases import Phases
 from .block import MAX_DEPTH, BlockConfig, RecurrentBlock, block_config, check_count, empty_block
 from .conditioning import SCALING_WIDTH
@@ -121,7 +121,7 @@ def read_pickle(path:str|Path, # a file of `torch.save`
 ) -> tuple[dict[str, Tensor], list]: # as from `flatten`; the tensors are views of the file
     "Read a file of `torch.save` without running it; raises `RaptorError` if it holds anything else."
     path = Path(path)
-    if not path.is_file(): raise RaptorError(f"the checkpoint {path} does not exist; check the path.")
+    with open_regular(path): pass # there, and readable
     try: return _load(path, frozenset(classes))
     except RaptorError as e: raise RaptorError(f"the checkpoint {path} cannot be imported: {e}") from e
     except Exception as e: # torch, pickletools and zipfile raise many kinds for a file made by hand
@@ -243,8 +243,9 @@ def _stored_ends(attributes, k, depth):
         if not isinstance(value, (list, tuple)) or not value or any(type(v) is not int for v in value): continue
         if re.search(r"count|repeat|iter|steps|times", key) and len(value) == k and sum(value) == depth:
             found.add(tuple(sum(value[:i + 1]) for i in range(k)))
-        if re.search(r"end|bound|split|stop|segment|phase", key):
+        if re.search(r"end|bound|split|stop|segment|phase|threshold", key):
             ends = tuple(value[1:] if value[0] == 0 else value)
+            if "threshold" in key and len(ends) == k - 1: ends = (*ends, depth) # the inner ends alone
             increasing = len(ends) == k and all(a < b for a, b in zip((0, *ends), ends))
             if increasing and (k > 1 or ends[-1] == depth): found.add(ends)
     return found.pop() if len(found) == 1 else None

@@ -91,6 +91,8 @@ class BlockConfig:
 # %% ../../nbs/api/model/02_block.ipynb #dd712e8b
 class RecurrentBlock(Recurrence):
     "A transformer block that is applied many times (method, the recurrent block)."
+    trained_on:str|None = None # fingerprint of the trajectories that it learned
+    span:tuple[int, int]|None = None # (start, end] that it learned alone
     def __init__(self, dim:int, # D, width of a token
         num_heads:int, # attention heads; divides D
         mlp:str="swiglu", # swiglu | gelu | gelu_tanh | quick_gelu
@@ -275,7 +277,8 @@ def save_block(path:str|Path, # destination, ending in .safetensors
     record:dict|None=None, # its run record
 ) -> Path: # the destination
     "Write a trained block with its span."
-    return write_tensors(path, block, {"block": asdict(block.config), "span": list(span), "record": record or {}})
+    note = {"block": asdict(block.config), "span": list(span), "trained_on": block.trained_on, "record": record or {}}
+    return write_tensors(path, block, note)
 
 def load_block(path:str|Path, # a file of `save_block`
 ) -> tuple[RecurrentBlock, tuple[int, int]]: # the block and its span (start, end]
@@ -287,4 +290,6 @@ def load_block(path:str|Path, # a file of `save_block`
     integers = isinstance(span, list) and len(span) == 2 and all(type(s) is int for s in span)
     if not integers or not 0 <= span[0] < span[1] <= MAX_DEPTH:
         raise RaptorError(f"the weights {path} state the span {str(span)[:40]}, which is no (start, end].")
-    return fill(empty_block(block_config(note["block"], path)), path), tuple(span)
+    block = fill(empty_block(block_config(note["block"], path)), path)
+    block.trained_on, block.span = note.get("trained_on"), tuple(span)
+    return block, block.span

@@ -50,6 +50,22 @@ class Raptor(Recurrence, HubMixin):
             raise RaptorError(f"the blocks have different widths {sorted(dims)}; a Raptor chains blocks of one width.")
         self.blocks, self.phases, self.assignment = nn.ModuleList(blocks), phases, phases.assignment
         self.stops = None if stops is None else check_stops(stops, phases)
+        self.check_blocks()
+
+    def check_blocks(self):
+        "Raise `RaptorError` if blocks share a weight, or learned other trajectories or layers than they are put to."
+        owners = {}
+        for j, block in enumerate(self.blocks, 1):
+            for name, p in block.named_parameters():
+                if (i := owners.setdefault(p.untyped_storage().data_ptr() or id(p), j)) != j:
+                    raise RaptorError(f"blocks {i} and {j} share the weight {name}; give each its own.")
+        if len(sources := {block.trained_on for block in self.blocks} - {None}) > 1:
+            raise RaptorError(f"the blocks learned different trajectories ({', '.join(sorted(sources))}); train them "
+                              "on those of one teacher, or set their trained_on to None to insist.")
+        for block, span in zip(self.blocks, self.phases.spans if self.phases.ends else ()):
+            if block.span not in (None, span):
+                raise RaptorError(f"the block for the phase {span} learned the states of {block.span}; give the blocks "
+                                  "in order of phase, or set its span to None to insist.")
 
     @classmethod
     def create(cls, phases:Phases|FragmentedPhases, # which block serves which layer

@@ -4,29 +4,33 @@
 
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'HomeOption', 'DISTRIBUTIONS', 'reproduce_command', 'run_command', 'page_command',
-           'collect_command', 'cache_command', 'import_command', 'presets_command', 'doctor_command', 'doctor', 'main']
+           'collect_command', 'cache_command', 'import_command', 'presets_command', 'doctor_command', 'check_caches',
+           'doctor', 'main']
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #a31e00fb
 import json
 import os
 import shutil
 import sys
-import tempfile
 import time
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Optional
 
 import typer
-import yaml
 
 from .. import __version__
 from ..core import RaptorError, check_name, check_writable, data_root, home_root, usable_cores
 from ..study.presets import load_preset, preset_names, preset_schema
+from ..study.settings import parse_yaml
+from ..study.steps import is_finished, seal, step
 from ..study.study import Study
-from .needs import costs, run_needs
-from .notebooks import clear_checkpoints, notebook_names, run_notebook
-from .processes import claimed_gpus, end_with_parent, stop_on_signals, use_threads
+from .needs import check_study, costs, readiness, run_needs
+from .notebooks import clear_checkpoints, notebook_parameters, raise_flag, run_notebook
+from .page import describe_other_code, write_page
+from .processes import claimed_gpus, end_with_parent, name_user, stop_on_signals, use_threads
 from .runs import describe_runs, reproduce
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #ff953211
@@ -60,11 +64,12 @@ def reproduce_command(preset:PresetOption="digits",
     Interrupt it at any time; the same command resumes it. It ends with an HTML page of every table and figure."""
     started, study = time.time(), Study.open(preset, home, replicas)
     if dry_run:
-        print(describe_runs(study, all_items))
-        if not profile: return
+        print(describe_runs(study, all_items, tuple(only or ())))
+        if not profile: return check_study(study, complete=False)
     if reproduce(study, tuple(only or ()), all_items=all_items, cores=cores, dry_run=dry_run, profile=profile):
-        if dry_run: raise RaptorError(f"Snakemake does not accept the profile {profile} (see above).")
-        raise RaptorError("the study is not finished (see above); start the same command again to go on.")
+        raise RaptorError("the study is not finished, for the reasons above; start the same command again to go on.")
+    for line in () if dry_run else describe_other_code(study):
+        print(f"made by other code, {line}; delete those that should be made again, and start the same command again")
     page = study.folder/"summary.html"
     made = page if page.exists() and not only else study.folder
     if not dry_run: print(f"done in {time.time() - started:.0f} s: {made}")
@@ -78,39 +83,58 @@ def run_command(
     param:Annotated[Optional[list[str]], typer.Option(help="NAME=VALUE for its parameters cell; repeatable.")]=None,
     threads:Annotated[Optional[int], typer.Option(help="CPU threads to compute with; default: as torch chooses.")]=None,
     home:HomeOption=None,
+    replicas:Annotated[Optional[int], typer.Option(help="Replicas that a table reads; default: the preset's.")]=None,
+    if_missing:Annotated[bool, typer.Option("--if-missing", help="Do nothing if it is finished; for Snakemake.")]=False,
 ):
-    """Execute one notebook with papermill and keep the executed copy (by default among the study's notebooks)."""
+    """Execute one notebook with papermill and keep the executed copy (by default where the study has it)."""
     end_with_parent()
     stop_on_signals()
-    study, values = Study.open(preset, home), dict(_parse(p) for p in param or ())
-    name, folder = check_name(name, notebook_names(), "notebook"), check_writable(study.folder)
+    name_user()
+    study, values = Study.open(preset, home, replicas), dict(_parse(p) for p in param or ())
+    known = notebook_parameters(name)
+    for key in values: check_name(key, known, f"parameter of notebook {name}:")
+    folder = check_writable(study.folder)
     os.environ.update(RAPTOR_HOME=str(study.home), RAPTOR_PROGRESS="0")
     given = os.environ.get("OMP_NUM_THREADS", "") # OpenMP also takes a list, which is left alone
     if threads := threads or (int(given) if given.isdigit() else 0): use_threads(threads)
-    first, output = os.environ.get("RANK", "0") == "0", output or folder/"notebooks"/f"{name}.ipynb"
+    first, this = os.environ.get("RANK", "0") == "0", _step(study, name, values)
+    if if_missing and is_finished(study, this): return raise_flag(study, this) if first else None
     title = " ".join([name, *(f"{k}={v}" for k, v in values.items() if len(str(v)) <= 30)]) # the notebook has all
     started = time.time()
     print(f"{time.strftime('%H:%M:%S')}  {title} ...", flush=True)
-    with claimed_gpus(run_needs(study.preset, name).get("gpu", 0)), tempfile.TemporaryDirectory() as scratch:
-        if not first: output = Path(scratch)/output.name # of several processes in one run, the first keeps the record
-        run_notebook(name, {"preset": study.origin, **values}, output.absolute())
+    def finish(copy):
+        if name == "summary" and not output: _write_page(study, copy)
+        seal(study, this, copy)
+    elsewhere = nullcontext() if first else TemporaryDirectory() # of several processes, the first keeps the record
+    with claimed_gpus(run_needs(study.preset, name).get("gpu", 0)), elsewhere as scratch:
+        place = Path(output or folder/this.copy).absolute() if first else Path(scratch)/f"{name}.ipynb"
+        run_notebook(name, {"preset": study.origin, **values}, place, finish if first else None)
     if first: clear_checkpoints(name, values, folder)
+    if first and if_missing: raise_flag(study, this)
     print(f"{time.strftime('%H:%M:%S')}  {title}: done in {time.time() - started:.0f} s", flush=True)
+
+def _step(study, name:str, values:dict):
+    "The step that a run is."
+    if "preset" in values: raise RaptorError("--param preset=... names another study; give it as --preset.")
+    try: return step(study, name, values)
+    except (TypeError, ValueError) as e:
+        raise RaptorError(f"{name} does not take {values} ({e}); see the cell of its parameters.") from e
 
 def _parse(text:str) -> tuple:
     "NAME=VALUE, the value read as YAML."
     name, equals, value = text.partition("=")
     if not equals: raise RaptorError(f"--param {text!r} is not of the form NAME=VALUE.")
-    return name, yaml.safe_load(value)
+    return name, parse_yaml(value, f"--param {name}")
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #a58e8f6f
 @app.command("page")
 def page_command(preset:PresetOption="digits", home:HomeOption=None):
     """Write summary.html from the executed summary notebook."""
-    from raptor.pipeline.page import write_page
-    folder = Study.open(preset, home).folder
-    if folder.exists(): check_writable(folder)
-    write_page(folder/"notebooks"/"summary.ipynb", folder/"summary.html", f"Raptor, reproduced: {folder.name}")
+    study = Study.open(preset, home)
+    if study.folder.exists(): check_writable(study.folder)
+    _write_page(study, study.folder/"notebooks"/"summary.ipynb")
+
+def _write_page(study, notebook): write_page(notebook, study.folder/"summary.html", f"Raptor, reproduced: {study.name}")
 
 @app.command("collect")
 def collect_command(preset:PresetOption="digits", home:HomeOption=None):
@@ -171,9 +195,25 @@ def presets_command(schema:Annotated[bool, typer.Option("--schema", help="Print 
               f"{costs(preset)}")
 
 @app.command("doctor")
-def doctor_command(home:HomeOption=None):
+def doctor_command(home:HomeOption=None,
+    deep:Annotated[bool, typer.Option("--deep", help="Read every cache of the studies; name what is damaged.")]=False,
+):
     """Report installed versions, devices and paths, and what each preset needs."""
     for label, value in doctor(home): print(f"{label:22}{value}")
+    faults = 0
+    for path, found in check_caches(home) if deep else ():
+        print(f"{'cache':22}{path} (intact)" if not found else "\n".join(f"{'cache':22}{f}" for f in found), flush=True)
+        faults += len(found)
+    if faults: raise RaptorError(f"the caches have the {faults} faults above; run `raptor cache --preset NAME` for the "
+                                 "study of each, which writes again what is damaged and nothing else.")
+
+def check_caches(home:str|Path|None=None, # root of all studies
+): # yields the folder of each study's cache, and one sentence for each file that is missing or damaged
+    "Read the caches of all studies and compare every file with its checksum."
+    from raptor.trajectories.cache import cache_faults
+    for path in sorted(home_root(home).glob("*/activations")):
+        try: yield path, cache_faults(path)
+        except RaptorError as e: yield path, [str(e)]
 
 DISTRIBUTIONS = "raptor-vit torch torchvision timm accelerate zarr papermill execnb snakemake nbdev".split()
 
@@ -194,7 +234,7 @@ def doctor(home:str|Path|None=None, # root of all studies
             ("cores", str(usable_cores())), ("accelerators", ", ".join(devices) or "none"),
             ("RAPTOR_HOME", f"{root} ({writable})"), ("RAPTOR_DATA", f"{data_root()} ({data})"),
             ("free disk", f"{shutil.disk_usage(there).free/1e9:.0f} GB")]
-    return rows + [(f"preset {n}", costs(load_preset(n)) or "cost not stated") for n in preset_names()]
+    return rows + [(f"preset {n}", f"{costs(load_preset(n))}; {readiness(n, home)}") for n in preset_names()]
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #8d3f442f
 def main(argv:list[str]|None=None, # arguments; None: those of the process
@@ -203,6 +243,8 @@ def main(argv:list[str]|None=None, # arguments; None: those of the process
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try: app([a for a in argv if a != "--debug"], prog_name="raptor")
+    except BrokenPipeError: # the reader of the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (RaptorError, OSError) as e:
         if debug: raise
         if isinstance(e, OSError) and e.filename:
@@ -210,5 +252,7 @@ def main(argv:list[str]|None=None, # arguments; None: those of the process
         print(f"raptor: {e}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as e: # of a signal: Typer answers Ctrl-C with 130 and no message
-        if e.code in (130, 143): print("raptor: asked to stop; start the same command again to go on.", file=sys.stderr)
+        if e.code in (129, 130, 143):
+            print("raptor: asked to stop; what is finished and the last checkpoint of each training are kept: "
+                  "start the same command again to go on.", file=sys.stderr)
         raise

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core import RaptorError, atomic_path, mixed_precision
+from ..core import RaptorError, mixed_precision
+from ..teacher.stored import find_fault, note_of, open_tensors, save_tensors
 from ..train.fit import FitConfig, fit, make_accelerator
 from ..trajectories.order import BatchPlan, image_batches, prefetch
 from .heads import ProbeTask, probe_task
@@ -206,7 +205,7 @@ def train_teacher(backbone, # a Backbone; trained in place and frozen again
     "Train a backbone jointly on the tasks that `num_classes` names."
     def new(task): return probe_task(task).make_head(backbone, num_classes[task], **(settings or {}).get(task, {}))
     heads = heads or {task: new(task) for task in num_classes}
-    made_for = [backbone.name, train.fingerprint, sorted(num_classes), settings, weights]
+    made_for = [backbone.name, backbone.settings, train.fingerprint, sorted(num_classes), settings, weights]
     with plain_attention(backbone, config.precision):
         backbone.unfreeze()
         try: history = _fit_heads(backbone, heads, train, config, folder, evaluate, made_for, weights, workers)
@@ -219,24 +218,25 @@ def save_head(head:nn.Module, # one of the three heads
     settings:dict|None=None, # that it was made with
 ):
     "Write the weights of a head, atomically."
-    state = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
-    with atomic_path(path) as t: save_file(state, t, {"settings": json.dumps(settings or {})})
+    save_tensors(path, head.state_dict(), {}, settings=json.dumps(settings or {}))
 
 def load_head(model, # the model that the head reads: dim, num_prefix, grid
     task:str, # classification | segmentation | depth
     path:str|Path, # a file that `save_head` wrote
 ) -> nn.Module: # on the CPU, in evaluation mode
     "Load a head; raise `RaptorError` if the file is damaged or the head was made for another width."
+    cure = "run the step that makes it again"
+    with open_tensors(path, cure) as f:
+        about, note, state = f.metadata() or {}, note_of(f), {k: f.get_tensor(k) for k in f.keys()}
     try:
-        with safe_open(path, "pt") as f:
-            settings, state = json.loads(f.metadata()["settings"]), {k: f.get_tensor(k) for k in f.keys()}
+        if why := find_fault(state, note): raise ValueError(why)
+        settings = json.loads(about["settings"])
         outputs = len(state["linear.weight"])
         if not isinstance(settings, dict): raise ValueError(f"its settings are {str(settings)[:40]!r}")
         if (bins := settings.get("bins", outputs)) != outputs: raise ValueError(f"{bins} bins, but {outputs} rows")
         head = probe_task(task).make_head(model, outputs, **settings)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
-        why = " ".join(str(e).split())[:120]
-        raise RaptorError(f"the head {path} is missing or damaged ({why}); run the step that makes it again.") from e
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        raise RaptorError(f"the head {path} is damaged ({' '.join(str(e).split())[:120]}); {cure}.") from e
     try: head.load_state_dict(state)
     except RuntimeError as e:
         raise RaptorError(f"the {task} head {path} was made for another backbone than {model.name} "

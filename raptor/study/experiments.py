@@ -29,8 +29,7 @@ from ..probes.train import evaluate_heads, ordered_batches, train_teacher
 from ..train.fit import FitConfig
 from ..train.stages import TrainConfig, train_raptor, train_span
 from ..trajectories.live import write_cache
-from .controls import control_k
-from .presets import block_runs
+from .controls import block_runs, control_k
 from .settings import make_config
 from .study import Study
 
@@ -137,7 +136,7 @@ def train_snapshots(study:Study, # the study; its preset must train a teacher
     where = f"preset {study.name}: controls: teacher"
     config = make_config(FitConfig, asdict(study.teacher_config()) | changes, where)
     steps = sorted({s for s in steps if 0 <= s < config.steps} | {config.steps})
-    train = study.dataset("train", study.teacher_task, train_transform=True)
+    train = study.dataset("train", study.teacher_task, augment=True)
     classes = train.num_classes if isinstance(train.num_classes, dict) else {study.teacher_task: train.num_classes}
     def new():
         seed_everything(seed)

@@ -89,17 +89,31 @@ def train_span(source, # trajectory source, live or cached
     start, end = span
     if not 0 <= start < end <= source.depth:
         raise RaptorError(f"span {span} does not lie in 0..{source.depth}; give (start, end) with 0 <= start < end.")
+    _check_source(model, source)
     has_cls = getattr(source, "has_cls", source.num_prefix > 0)
     objective = SpanObjective(model, start, config, source.num_prefix, has_cls)
     device = device or make_accelerator(config.precision).device
     def batches(first_step, rank, world):
         return source.batches(config.batch_size, start=start, end=end, seed=config.seed, first_step=first_step,
                               steps=config.steps, rank=rank, world=world, device=device)
-    made_for = [source.fingerprint, list(span), [(n, list(p.shape)) for n, p in model.named_parameters()]]
+    made_for = [source.fingerprint, list(span), getattr(model, "config", None)]
     title = f"states {start}-{end}"
     history = fit(objective, batches, config, folder, made_for=made_for, evaluate=evaluate, title=title)
+    for block in _blocks(model): block.trained_on = source.fingerprint
+    if isinstance(model, RecurrentBlock): model.span = (start, end)
     model.eval()
     return history
+
+def _blocks(model): return [module for module in model.modules() if isinstance(module, RecurrentBlock)]
+
+def _check_source(model, source):
+    "Refuse blocks that share weights, or that learned the trajectories of another teacher, dataset or precision."
+    if hasattr(model, "check_blocks"): model.check_blocks()
+    for block in _blocks(model):
+        if block.trained_on not in (None, source.fingerprint):
+            raise RaptorError(f"a block learned the trajectories {block.trained_on}, and these ({source.fingerprint}) "
+                              "are of another teacher, dataset or precision; train a new block on these, or set its "
+                              "trained_on to None to insist.")
 
 def train_raptor(source, # trajectory source, live or cached
     raptor:nn.Module, # Raptor initialised from stage 1; trained in place

@@ -148,6 +148,7 @@ class TrajectorySource:
     num_prefix: int # class token and registers together
     has_cls: bool # whether token 0 is a class token
     fingerprint: str # of backbone, dataset and precision
+    augmented: bool = False # whether the images are augmented, so that the states are not those of the images
 
     def __len__(self) -> int: return self.num_images
     def _batches(self, plan, start, end, device, dtype, labels): raise NotImplementedError

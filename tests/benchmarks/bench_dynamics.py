@@ -29,8 +29,8 @@ class Together:
 def cifar(images):
     "So many images, decoded."
     from raptor.data.load import load_dataset
-    train = load_dataset("cifar10", "train", train_transform=False, limit=images)
-    parts = [train] if len(train) == images else [train, load_dataset("cifar10", "val", train_transform=False, limit=images - len(train))]
+    train = load_dataset("cifar10", "train", augment=False, limit=images)
+    parts = [train] if len(train) == images else [train, load_dataset("cifar10", "val", augment=False, limit=images - len(train))]
     for part in parts: part.images
     data = Together(*parts) if len(parts) == 2 else train
     if len(data) < images: sys.exit(f"there are {len(data)} images, not {images}")

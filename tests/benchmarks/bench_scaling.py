@@ -35,7 +35,7 @@ def training_peak_mb(images):
     from raptor.train.stages import TrainConfig, train_span
     with tempfile.TemporaryDirectory() as folder:
         if not os.fork(): # what the writer holds is not the trainer's
-            write_cache(Backbone.create("vit_mini_patch4_reg4_24", pretrained=False), load_dataset("digit_scenes", "train", train_transform=False, limit=images), f"{folder}/cache", chunk_images=256)
+            write_cache(Backbone.create("vit_mini_patch4_reg4_24", pretrained=False), load_dataset("digit_scenes", "train", augment=False, limit=images), f"{folder}/cache", chunk_images=256)
             os._exit(0)
         os.wait()
         train_span(CachedTrajectories(f"{folder}/cache"), RecurrentBlock(64, 4), (0, 12), TrainConfig(steps=100, batch_size=32, warmup=5), None)
