@@ -295,7 +295,7 @@ def test_intermediates_agree_with_a_timm_model():
         def embed(self, images): return model.norm_pre(model._pos_embed(model.patch_embed(images)))
         def norm(self, state): return model.norm(state)
     class Layers(Raptor): # a Raptor whose steps are the teacher's own layers
-        def step(self, x, t): return model.blocks[t - 1](x)
+        def step(self, x, t, stride=1): return model.blocks[t - 1](x)
     student = RaptorBackbone(Wrapped(), Layers([RecurrentBlock(8, 2)], Phases((3,))))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(student.forward_features(images), model.forward_features(images))
