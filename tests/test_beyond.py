@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from raptor.core import RaptorError
+from raptor.model.as_backbone import RaptorBackbone
 from raptor.model.block import MAX_DEPTH, BlockConfig, RecurrentBlock, block_config, load_block, save_block
 from raptor.model.conditioning import Experts, LowRank, Step, Steps
 from raptor.model.deploy import early_exit, materialize, settled, sure
@@ -304,3 +305,26 @@ def test_a_sure_head_lets_images_leave():
     with torch.no_grad(): states = teacher.norm(teacher.trajectory(images))
     _, steps = early_exit(teacher, images, sure(0.9, teacher, head))
     assert steps.tolist() == [next((i for i in range(1, teacher.depth) if s[i, 0, 0] > 0), teacher.depth) for s in states]
+
+
+def test_a_raptor_with_stops_is_saved_and_read(tmp_path):
+    raptor = awake(Raptor.create(Phases((2, 4)), 8, 2, mlp="gelu", stops=(1, 2, 4), conditioning=("vectors", "low_rank"), rank=2))
+    again = Raptor.from_pretrained(raptor.save_pretrained(tmp_path/"r"))
+    x = torch.randn(1, 5, 8)
+    with torch.no_grad(): assert again.stops == (1, 2, 4) and torch.equal(again.rollout(x), raptor.eval().rollout(x))
+    for stops in ([1, 4], [1, 2, "4"], 7, [2, 1, 4], [0, 2, 4]):
+        config = json.loads((tmp_path/"r/config.json").read_text()) | {"stops": stops}
+        (tmp_path/"r/config.json").write_text(json.dumps(config))
+        with pytest.raises(RaptorError, match="makes no Raptor"): Raptor.from_pretrained(tmp_path/"r")
+
+
+def test_intermediates_of_a_raptor_are_those_at_its_stops():
+    teacher = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
+    student = RaptorBackbone(teacher, Raptor.from_teacher(teacher, Phases((2, 6)), stops=(2, 4, 6), rank=2))
+    images = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        states = student.trajectory(images)
+        outputs = {k: student.forward_intermediates(images, indices=k, output_fmt="NLC", intermediates_only=True) for k in (None, 1, (3,))}
+    for indices, wanted in ((None, (1, 2, 3)), (1, (3,)), ((3,), (2,))):
+        for found, i in zip(outputs[indices], wanted, strict=True): assert torch.equal(found, states[:, i, student.num_prefix:])
+    with pytest.raises(RaptorError, match="does not stop after layer 1"): student.forward_intermediates(images, indices=[0])

@@ -143,7 +143,9 @@ class Raptor(Recurrence, HubMixin):
     def at(self, stops, # states that the steps lead to; None: every state
     ): # Raptor
         "The same blocks with other stops."
-        return type(self)(self.blocks, self.phases, stops)
+        other = type(self)(self.blocks, self.phases, stops)
+        other.teacher = self.teacher
+        return other.train(self.training)
 
     def flops(self, tokens:int, # N, prefix and patches
     ) -> int: # on one image
