@@ -498,7 +498,7 @@ BLOCK = json.loads(json.dumps(asdict(BlockConfig(8, 2))))
 def second(**changes): return dict(blocks=[BLOCK, {**BLOCK, **changes}])
 
 @pytest.mark.parametrize("changes,sentence", [
-    (dict(format=...), "exactly the keys"), (dict(weights="../../etc/passwd"), "exactly the keys"),
+    (dict(format=...), "must have the keys"), (dict(weights="../../etc/passwd"), "exactly the keys"),
     (dict(format=2), "this version reads 1"), (dict(format=[0]*999), "has format"),
     (dict(phases=[1, 3]), "'ends' or 'assignment'"), (dict(phases={}), "'ends' or 'assignment'"),
     (dict(phases={"ends": [1, 3], "x": 1}), "'ends' or 'assignment'"),
@@ -522,7 +522,7 @@ def test_a_false_configuration_is_refused_in_one_sentence(saved, changes, senten
 
 
 @pytest.mark.parametrize("content,sentence", [
-    ("{", "not valid JSON"), ("[" * 200_000, "config.json"), ("[]", "exactly the keys"),
+    ("{", "not valid JSON"), ("[" * 200_000, "config.json"), ("[]", "must have the keys"),
     (" " * (2**20 + 1), "at most 1,048,576"), ("\xff", "config.json")])
 def test_a_configuration_that_is_no_json_is_refused(saved, content, sentence):
     (saved[1]/"config.json").write_bytes(content.encode("latin1"))
