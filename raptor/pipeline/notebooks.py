@@ -92,7 +92,7 @@ def run_notebook(name:str, # a notebook of the paper
     failed.unlink(missing_ok=True)
     return output
 
-# %% ../../nbs/api/pipeline/02_notebooks.ipynb #acc4075b
+# %% ../../nbs/api/pipeline/02_notebooks.ipynb #0418add9
 def read_notebook(path:str|Path, # an executed notebook
 ): # nbformat's NotebookNode
     "Read an executed notebook; `RaptorError` if it is not a notebook."
@@ -115,7 +115,7 @@ def clear_checkpoints(name:str, # a notebook of the paper that has run to its en
         path.unlink(missing_ok=True)
         with suppress(OSError): path.parent.rmdir() # it may hold the results of the run
 
-# %% ../../nbs/api/pipeline/02_notebooks.ipynb #ffeaef54
+# %% ../../nbs/api/pipeline/02_notebooks.ipynb #5deaa91e
 def flag_of(copy:str, # executed notebook of a step, below the study's folder
 ) -> str: # below the study's folder
     "The file that says to Snakemake that a step is finished."

@@ -6,6 +6,7 @@
 __all__ = ['MAIN_ITEMS', 'SNAKEMAKE', 'LOCAL', 'study_config', 'describe_runs', 'reproduce']
 
 # %% ../../nbs/api/pipeline/05_runs.ipynb #48cf4d1e
+import argparse
 import os
 import signal
 import sys
@@ -107,9 +108,11 @@ def _snakemake(argv:list[str], preset, profile, cores, dry_run) -> int:
     if profile: argv += ["--profile", profile_path(profile)]
     elif not dry_run: argv += ["--executor", register_executor()]
     if cores or not profile: argv += ["--cores", str(cores or usable_cores())]
-    errors, where = [], (cli, api.SnakemakeApi)
-    early, late = (patch.object(w, "print_exception", lambda *given: errors.append(given[-1])) for w in where)
-    with early, late, _stops():
+    errors = []
+    def keep(*given): errors.append(given[-1])
+    def refuse(parser, message): raise ValueError(message) # rather than print how Snakemake is called
+    early, late = (patch.object(where, "print_exception", keep) for where in (cli, api.SnakemakeApi))
+    with early, late, patch.object(argparse.ArgumentParser, "error", refuse), _stops(profile):
         try: cli.main([*argv, *_gpu_limit(preset, profile), *([] if profile else LOCAL)])
         except SystemExit as e: status = int(e.code or 0)
     for error in errors:
@@ -122,19 +125,22 @@ def _short(error) -> str: # of a text that may be long
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 @contextmanager
-def _stops():
-    "Let the first SIGTERM, SIGHUP or Ctrl-C stop Snakemake and its jobs; then `SystemExit(128 + signal)`."
+def _stops(profile):
+    "Let SIGTERM, SIGHUP or Ctrl-C stop Snakemake and its jobs; then `SystemExit(128 + signal)`."
     from snakemake.scheduling.job_scheduler import JobScheduler
+
+    from raptor.pipeline.executor import stopping
     asked, before = [], {}
     def stop(number, *_):
         asked.append(number)
-        if len(asked) == 1: raise KeyboardInterrupt
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): # one that is ignored stays so: nohup
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, stop)
-    try: # Snakemake's own handler of SIGTERM would wait for the jobs
-        with patch.object(JobScheduler, "exit_gracefully", lambda self, number, *_: stop(number)): yield
-    except KeyboardInterrupt: pass
+        stopping.set()
+    stopping.clear()
+    if not profile and threading.current_thread() is threading.main_thread(): # on a cluster, Snakemake cancels the jobs
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): # one that is ignored stays so: nohup
+            if signal.getsignal(number) is not signal.SIG_IGN: before[number] = signal.signal(number, stop)
+    own = patch.object(JobScheduler, "exit_gracefully", lambda self, number, *_: stop(number)) # would wait for the jobs
+    try:
+        with own if before else nullcontext(): yield
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
     if asked: raise SystemExit(128 + asked[0])

@@ -7,7 +7,7 @@ __all__ = ['TRAINED_IN', 'ITEM_READS', 'SECTIONS', 'ITEM_SECTIONS', 'NO_MATTER',
            'notebook_defaults', 'run_folder', 'copy_of', 'Step', 'step', 'step_of', 'first_steps', 'later_steps',
            'spec_of', 'written', 'source_of', 'seal', 'damage', 'is_finished', 'other_code']
 
-# %% ../../nbs/api/study/07_steps.ipynb #9ef742d4
+# %% ../../nbs/api/study/07_steps.ipynb #54f98847
 import ast
 import os
 from collections import defaultdict
@@ -21,7 +21,7 @@ from .presets import Preset
 from .study import Study
 from .weights import weights_path
 
-# %% ../../nbs/api/study/07_steps.ipynb #13b854cf
+# %% ../../nbs/api/study/07_steps.ipynb #0ddabf3d
 TRAINED_IN = {"train_teacher": "{name}", "train_block": "blocks/{start}-{end}-r{replica}",
               "train_raptor": "raptors/k{k}-r{replica}", "train_probe": "probes/{model}-{task}",
               "train_control": "controls/{name}"} # below the study's folder; k is the number of phases
@@ -50,7 +50,7 @@ def copy_of(notebook:str, # a notebook of the paper
     folder = run_folder(notebook, params) if notebook in TRAINED_IN else "notebooks"
     return f"{'notebooks' if folder == 'teacher' else folder}/{notebook}.ipynb"
 
-# %% ../../nbs/api/study/07_steps.ipynb #0900bc24
+# %% ../../nbs/api/study/07_steps.ipynb #792837c2
 @dataclass(frozen=True)
 class Step:
     "One run of a notebook."
@@ -132,7 +132,7 @@ def later_steps(study:Study, # whose phases are known
     runs = (*study.runs.values(), *study.controls.values())
     return [*(step_of(study, r) for r in runs), *(step(study, i) for i in (*items, "summary"))]
 
-# %% ../../nbs/api/study/07_steps.ipynb #ce62c8d1
+# %% ../../nbs/api/study/07_steps.ipynb #e7fb5731
 SECTIONS = {"train_teacher": (), "cache_activations": ("activations",), "find_phases": ("activations", "phases"),
             "train_block": ("activations", "block", "stage1", "last_block"),
             "train_raptor": ("activations", "block", "stage2"), "train_probe": ("extra_models",),
@@ -168,7 +168,7 @@ def spec_of(study:Study, # the study
     seeds = {name: preset.seeds.get(name) for name in ("teacher", *(["phases"] if "phases" in sections else []))}
     return fingerprint([parts, seeds, files, step.params])
 
-# %% ../../nbs/api/study/07_steps.ipynb #91915df0
+# %% ../../nbs/api/study/07_steps.ipynb #65302488
 WRITTEN = {"find_phases": ("phases/*.csv", "phases/*.json"), "cache_activations": ("activations.csv",),
            "summary": ("summary.html",)}
 RESULTS = (".safetensors", ".csv", ".json") # what a training run writes besides its notebook and its model card
@@ -244,7 +244,7 @@ def is_finished(study:Study, # the study
     if damage(study, step) or (note := _note(study, step.copy)) is None: return False
     return note["spec"] == spec_of(study, step) and note["after"] == {c: _content(study, c) for c in step.after}
 
-# %% ../../nbs/api/study/07_steps.ipynb #61c04c30
+# %% ../../nbs/api/study/07_steps.ipynb #e54fbebd
 def other_code(study:Study, # that has run
 ) -> dict[str, list[str]]: # {version of the code: copies of steps}
     "The executed notebooks that were made by other code than the present."

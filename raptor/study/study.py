@@ -113,8 +113,7 @@ class Study:
         if weights == own and not own.exists():
             raise RaptorError(f"{own} does not exist; run the notebook train_teacher first.")
         if spec.pretrained or weights or spec.train is not None:
-            kwargs |= {"pretrained": spec.pretrained, "weights": weights, "img_size": size}
-            backbone = Backbone.create(spec.name, **kwargs)
+            backbone = Backbone.create(spec.name, spec.pretrained, weights, size, **kwargs)
             if spec.train is not None: backbone.mean, backbone.std = self.normalisation().values() # for its training
             return backbone
         with torch.random.fork_rng([]): # the same random weights in every run, at any image size
@@ -173,9 +172,8 @@ def normalisation(self:Study, model:str="teacher", # teacher, a Raptor, or an ex
     from raptor.teacher.backbone import timm
     known_by_name = not spec.weights and ":" not in spec.name # a file may say it, and a hub's is known by its model
     config = timm.get_pretrained_cfg(spec.name) if known_by_name else None
-    if config is None: return {k: tuple(getattr(self.teacher(spec), k)) for k in ("mean", "std")}
-    known = timm.data.resolve_data_config(pretrained_cfg=config.to_dict())
-    return {k: tuple(known[k]) for k in ("mean", "std")}
+    config = config.to_dict() if config else self.teacher(spec).model.pretrained_cfg
+    return {k: tuple(timm.data.resolve_data_config(pretrained_cfg=config)[k]) for k in ("mean", "std")}
 @patch
 def official_head(self:Study, model:str="teacher", # teacher, a Raptor, or an extra model of the preset
 ) -> tuple|None: # (weight, bias); None if the preset names none
@@ -218,9 +216,8 @@ def cache(self:Study): # CachedTrajectories
     "Write the trajectories of the training images to the study's folder, complete them, or mend what is damaged."
     from raptor.trajectories.live import write_cache
     live, spec = self._live(), self.preset.activations
-    settings = dict(dtype=spec.dtype, chunk_images=spec.chunk_images, workers=live.workers, autocast=live.autocast)
-    owner = f"the study {self.name}" # its own cache is replaced when the teacher was trained again
-    return write_cache(live.backbone, live.dataset, self.folder/"activations", owner=owner, **settings)
+    how = dict(dtype=spec.dtype, chunk_images=spec.chunk_images, workers=live.workers, autocast=live.autocast)
+    return write_cache(live.backbone, live.dataset, self.folder/"activations", owner=f"the study {self.name}", **how)
 
 # %% ../../nbs/api/study/04_study.ipynb #2c5d8570
 @patch
