@@ -254,7 +254,7 @@ def test_images_are_cast_to_the_type_of_the_weights(name, dtype):
 
 def test_a_bfloat16_backbone_streams_its_trajectories():
     backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False).bfloat16()
-    live = LiveTrajectories(backbone, load_dataset("digits", "test", limit=4))
+    live = LiveTrajectories(backbone, load_dataset("digits", "test", limit=4, teacher=backbone))
     images = torch.stack([live.dataset[i]["image"] for i in range(4)])
     assert torch.equal(live.compute(images), backbone.trajectory(images.bfloat16()))
 
