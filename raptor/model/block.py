@@ -200,7 +200,8 @@ def merged(self:RecurrentBlock, step:Step, # one of `config.steps`
     return self._merged[step]
 
 @patch
-def train(self:RecurrentBlock, mode:bool=True):
+def train(self:RecurrentBlock, mode:bool=True, # False: evaluation
+): # itself
     "Set training or evaluation mode, and forget merged weights."
     self._merged, self._mark = {}, None
     return nn.Module.train(self, mode)

@@ -60,7 +60,8 @@ class Steps(nn.Module):
         return (step.end - self.first) / length, (step.end - step.start) / length
 
 # %% ../../nbs/api/model/00_conditioning.ipynb #ae158148
-def flat(name:str) -> str:
+def flat(name:str, # of a weight, e.g. "mlp.fc1.weight"
+) -> str: # e.g. "mlp_fc1_weight"
     "A weight's name as the name of a table: torch allows no dots there."
     return name.replace(".", "_")
 

@@ -22,7 +22,8 @@ def swiglu(x:Tensor, # (..., 2H)
     gate, value = x.chunk(2, dim=-1)
     return F.silu(gate)*value
 
-def quick_gelu(x:Tensor) -> Tensor:
+def quick_gelu(x:Tensor, # of any shape
+) -> Tensor: # of the same shape
     "x sigmoid(1.702 x), the GELU of OpenAI's CLIP."
     return x*torch.sigmoid(1.702*x)
 
