@@ -498,7 +498,7 @@ BLOCK = json.loads(json.dumps(asdict(BlockConfig(8, 2))))
 def second(**changes): return dict(blocks=[BLOCK, {**BLOCK, **changes}])
 
 @pytest.mark.parametrize("changes,sentence", [
-    (dict(format=...), "must have the keys"), (dict(weights="../../etc/passwd"), "exactly the keys"),
+    (dict(format=...), "must have the keys"), (dict(weights="../../etc/passwd"), "must have the keys"),
     (dict(format=2), "this version reads 1"), (dict(format=[0]*999), "has format"),
     (dict(phases=[1, 3]), "'ends' or 'assignment'"), (dict(phases={}), "'ends' or 'assignment'"),
     (dict(phases={"ends": [1, 3], "x": 1}), "'ends' or 'assignment'"),
