@@ -189,7 +189,7 @@ def _mlp(tensors, modules, dim):
     raise RaptorError(f"matrices of shape {shapes} make no SwiGLU and no GELU MLP of width {dim}.")
 
 def translate_block(tensors:dict[str, Tensor], # of one block, by name inside it
-) -> tuple[dict, dict[str, Tensor]]: # sizes (dim, mlp, hidden, depth_scaling), and weights by our names
+) -> tuple[dict, dict[str, Tensor]]: # sizes (dim, mlp, hidden, conditioning), and weights by our names
     "The weights of a recurrent block of another implementation; raises `RaptorError` if one is missing or left over."
     tensors = dict(tensors)
     for name, value in tensors.items():
@@ -212,7 +212,7 @@ def translate_block(tensors:dict[str, Tensor], # of one block, by name inside it
     gammas = [tensors.pop(name) for name in roles["gamma"]] or [torch.ones(dim, dtype=weight.dtype)]*2
     weights |= {f"gamma{i + 1}": gamma for i, gamma in enumerate(gammas)}
     if tensors: raise RaptorError(f"a block holds {_some(tensors)}, for which a recurrent block has no place.")
-    sizes = {"dim": dim, "mlp": kind, "hidden": hidden, "depth_scaling": bool(roles["scaling"])}
+    sizes = {"dim": dim, "mlp": kind, "hidden": hidden, "conditioning": ("scaling",) if roles["scaling"] else ()}
     return sizes, {name: value.clone() for name, value in weights.items()} # a copy: the file may be replaced later
 
 # %% ../../nbs/api/model/06_authors.ipynb #b87c76a2

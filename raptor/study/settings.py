@@ -212,7 +212,7 @@ class BlockSpec(Spec):
     mlp:Literal["swiglu", "gelu"] = "swiglu"
     hidden:Annotated[int, Field(ge=1, le=10**6)]|None = None # width of the MLP; null for 4 D
     layer_scale:Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1e-5 # initial value of LayerScale
-    depth_scaling:bool = True # whether the block is conditioned on its depth
+    conditioning:list[Literal["scaling"]] = ["scaling"] # what depends on the depth; [] for the same map everywhere
 
 class ActivationSpec(Spec):
     "How trajectories are provided."

@@ -152,7 +152,7 @@ class TrajectorySource:
     augmented: bool = False # whether the images are augmented, so that the states are not those of the images
 
     def __len__(self) -> int: return self.num_images
-    def _batches(self, plan, start, end, device, dtype, labels): raise NotImplementedError
+    def _batches(self, plan, states, device, dtype, labels): raise NotImplementedError
 
     def order(self, seed:int|None, # None: as stored
         epoch:int, # counted from 0
@@ -163,6 +163,7 @@ class TrajectorySource:
     def batches(self, batch_size:int, # images of the global batch
         *, start:int=0, # first state
         end:int|None=None, # last state; None: the last available
+        states=None, # ascending numbers of the states to read, e.g. (0, 3, 7, 12); None: start..end
         seed:int|None=None, # None: one ordered pass; an integer: endless shuffled epochs without short batches
         first_step:int=0, # begin with this step of the uninterrupted run; nothing before it is read
         steps:int|None=None, # end before this step
@@ -170,11 +171,13 @@ class TrajectorySource:
         device:torch.device|str|None=None, # of the batch; None: where it is computed
         dtype:torch.dtype=torch.float32, # of the batch
         labels:bool=False, # yield (trajectory, target)
-    ) -> Iterator: # of Tensors (b, end - start + 1, N, D)
-        "Batches of states start..end; the same arguments give the same batches."
+    ) -> Iterator: # of Tensors (b, end - start + 1, N, D), or (b, len(states), N, D)
+        "Batches of states start..end, or of some states; the same arguments give the same batches."
         first, last = self.layers
         end = last if end is None else end
-        if not first <= start <= end <= last:
-            raise RaptorError(f"states {start}..{end} are not available; choose them from {first}..{last}.")
+        what, states = (f"{start}..{end}", range(start, end + 1)) if states is None else (tuple(states), states)
+        states = tuple(states)
+        if not states or list(states) != sorted(set(states)) or not first <= states[0] <= states[-1] <= last:
+            raise RaptorError(f"states {what} are not available; choose them from {first}..{last}, in ascending order.")
         plan = BatchPlan(self.num_images, batch_size, seed, first_step, steps, rank, world)
-        return self._batches(plan, start, end, device, dtype, labels)
+        return self._batches(plan, states, device, dtype, labels)
