@@ -269,7 +269,7 @@ def random_segmentations(depth:int, # number of layers L
 
 def _check_draws(n, available, what):
     "Refuse to draw more distinct partitions than exist."
-    if not 0 <= n <= available: raise RaptorError(f"{n} distinct {what} cannot be drawn; there are {available}.")
+    if not 0 <= n <= available: raise RaptorError(f"{n} distinct {what} cannot be drawn; take n in 0..{available}.")
 
 def random_fragmented(counts:tuple, # number of layers of each block
     n:int, # number of partitions

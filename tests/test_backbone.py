@@ -254,7 +254,7 @@ def test_images_are_cast_to_the_type_of_the_weights(name, dtype):
 
 def test_a_bfloat16_backbone_streams_its_trajectories():
     backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False).bfloat16()
-    live = LiveTrajectories(backbone, load_dataset("digits", "test", limit=4))
+    live = LiveTrajectories(backbone, load_dataset("digits", "test", limit=4, teacher=backbone))
     images = torch.stack([live.dataset[i]["image"] for i in range(4)])
     assert torch.equal(live.compute(images), backbone.trajectory(images.bfloat16()))
 
@@ -657,7 +657,8 @@ def test_pretrained_weights_arrive_through_timm(monkeypatch):
 
 
 @pytest.mark.parametrize("settings, said", [(dict(img_size=(30, 28)), "not a multiple of the patch size"),
-    (dict(depht=3), "timm cannot create"), (dict(num_heads=5), "timm cannot create")])
+    (dict(depht=3), "timm cannot create"), (dict(num_heads=5), "timm cannot create"),
+    (dict(pos_embed="none of timm's"), r"\(AssertionError\); change")])
 def test_settings_that_do_not_fit(settings, said):
     with pytest.raises(RaptorError, match=said):
         Backbone.create("vit_small_patch14_reg4_dinov2", pretrained=False, **{"img_size": 28, **TINY, **settings})

@@ -53,7 +53,7 @@ def test_the_ablation_has_the_papers_rows_under_the_papers_names():
     rows = {row: what for run in runs for row, what in run.params.get("ablation", {}).items()}
     assert set(rows) == {"tf", "ar", "depth", "long"}, "the other rows are runs of the study"
     assert rows["tf"]["stage1"]["forcing"] == "teacher" and "forcing" not in rows["ar"]["stage1"]
-    assert rows["ar"]["block"] == {"depth_scaling": False} and "block" not in rows["depth"]
+    assert rows["ar"]["block"] == {"conditioning": ()} and "block" not in rows["depth"]
     assert rows["long"]["stage1"]["steps"] == 300 + 900, "those of both stages"
 
 
@@ -154,7 +154,7 @@ def test_a_block_that_does_not_differ_is_the_studys_own(study, snapshots):
     raptor, history = train_stage1(study, backbone, source, Phases((2, 6)), 0, {"loss": "mse"})
     assert torch.equal(weights(raptor.blocks[0]), weights(own)), "read"
     assert set(history.start) == {2}, "the last block has another loss here than in the study, and is trained"
-    flat, history = train_stage1(study, backbone, source, Phases((2, 6)), 0, {"loss": "mse"}, depth_scaling=False)
+    flat, history = train_stage1(study, backbone, source, Phases((2, 6)), 0, {"loss": "mse"}, conditioning=())
     assert set(history.start) == {0, 2} and all(b.scaling is None for b in flat.blocks)
     with pytest.raises(RaptorError, match="unknown key 'step'"):
         train_stage1(study, backbone, source, Phases((2, 6)), 0, {"step": 3})

@@ -179,7 +179,10 @@ def noted(path, **notes):
         {"no\nsuch": 1}))))])
 def test_a_head_with_other_settings(tmp_path, notes):
     write, file, read = LOADERS["head"]
-    write(tmp_path); noted(tmp_path/file, **notes)
+    write(tmp_path); noted(tmp_path/file, **notes) # as earlier versions wrote them
+    refused(read, tmp_path)
+    for value in notes.values(): # as they stand in the note
+        noted(tmp_path/file, raptor='{"settings": %s}' % (value if isinstance(value, str) else json.dumps(value)))
     refused(read, tmp_path)
 
 

@@ -34,7 +34,7 @@ KEYS = { # section -> {key: bad values}
     "data": {"name": ["", "digit_scene", 3, "folder:"], "split": ["trian", ""], "test_split": ["valid", 0], "size": [0, -1, [24], "24", NAN, 48], "limit": [0, -5, 1.5, "all", 16, 10**9],
              "test_limit": [0, HUGE], "workers": [-1, 10**6, "four"], "on_error": ["ignore", None]},
     "phases": {"ks": [[], [0], [2, 2], [7], [2.0], 2, None], "images": COUNT, "eps": [[NAN], [-0.1], [1.1], 0.2], "min_size": [0, 4, "one"], "ends": [{2: [6, 6]}, {2: [3, 7]}, {2: [10**12, 10**13]}, {}.keys]},
-    "block": {"layer_scale": NUMBER, "hidden": [0, -1, HUGE, "4D"], "depth_scaling": ["yes", 1, None], "mlp": ["relu", None]},
+    "block": {"layer_scale": NUMBER, "hidden": [0, -1, HUGE, "4D"], "conditioning": ["yes", 1, None, ["scalin"], {}], "mlp": ["relu", None]},
     "activations": {"source": ["disk"], "dtype": ["float64"], "chunk_images": COUNT, "precision": ["half"]},
     "probes/depth": {"seed": ["one", -1, 1.5], "img_size": [0, [24], 26], "official_head": [True, "no"], "head": [{"bins": 0}, {"bins": 1}, {"min_depth": -1}, {"max_depth": INF}, {"min_depth": 20}]},
     "probes/classification": {"official_head": [True], "head": [{"bins": 8}]},

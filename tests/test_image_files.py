@@ -201,7 +201,7 @@ def test_damaged_archives_are_an_error(tmp_path, monkeypatch):
     (tmp_path/"cifar10/cifar-10-batches-py/data_batch_1").write_bytes(b"")
     assert len(load_dataset("cifar10", "train", root=tmp_path)) == 40 # unpacked again
     monkeypatch.setattr(SOURCES["cifar10"], "test_list", [["gone", "0"*32]])
-    with pytest.raises(RaptorError, match="cannot be unpacked"): load_dataset("cifar10", "train", root=tmp_path)
+    with pytest.raises(RaptorError, match="cannot be fetched or unpacked"): load_dataset("cifar10", "train", root=tmp_path)
 
 
 # --- ImageNet -------------------------------------------------------------------------------------

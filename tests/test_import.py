@@ -185,7 +185,7 @@ class Renamed(nn.Module):
 def test_other_names_and_another_layout(tmp_path):
     block = awake(Renamed())
     ours = import_author_checkpoint(saved(block, tmp_path), classes=("Renamed", "SeparateGate"))
-    assert (ours.config.mlp, ours.config.hidden, ours.config.depth_scaling) == ("swiglu", 12, False)
+    assert (ours.config.mlp, ours.config.hidden, ours.config.conditioning) == ("swiglu", 12, ())
     compare(ours, [block], [3])
 
 

@@ -63,7 +63,7 @@ def test_the_push_depends_on_the_seed_and_is_shared_by_models_and_sizes():
 
 @pytest.mark.parametrize("starts, sizes", [([4], [.1]), ([-1], [.1]), ([0], [0]), ([0], [float("nan")]), ([0], [-1])])
 def test_impossible_perturbations_are_refused(starts, sizes):
-    with pytest.raises(RaptorError, match="must lie in 0..3"):
+    with pytest.raises(RaptorError, match="give layers in 0..3"):
         perturbation_decay(System(torch.eye(6), 4), noise(2, 1, 10, 6), starts, sizes, KINDS)
 
 
@@ -119,6 +119,6 @@ def test_replacements_cover_exactly_what_exists(within, K):
 
 def test_replacements_refuse_what_cannot_be():
     with pytest.raises(RaptorError, match="there are 0"): sample_replacements(Phases((1, 2)), 1, True, 1)
-    with pytest.raises(RaptorError, match="at least one layer"): sample_replacements(Phases((3,)), 0, True, 1)
+    with pytest.raises(RaptorError, match="give at least 1"): sample_replacements(Phases((3,)), 0, True, 1)
     first, again, other = (sample_replacements(Phases((7, 12)), 3, True, 6, seed=seed) for seed in (4, 4, 5))
     assert first == again != other

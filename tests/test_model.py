@@ -3,6 +3,7 @@ import json
 import math
 import os
 import struct
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from raptor.core import RaptorError
 from raptor.model import hub
 from raptor.model.as_backbone import RaptorBackbone
+from raptor.model.block import BlockConfig, RecurrentBlock, block_flops, load_block, save_block
+from raptor.model.layer import attend, flop_matched_hidden
 from raptor.model.raptor import Raptor
-from raptor.model.block import (
-    BlockConfig, RecurrentBlock, attend, block_flops, flop_matched_hidden, load_block, save_block
-)
 from raptor.model.tensors import fill, read_note, weights_digest, write_tensors
 from raptor.phases import FragmentedPhases, Phases
 from raptor.teacher import stored
@@ -48,7 +48,7 @@ def by_hand(block, x, t):
         return c/np.sqrt((c**2).mean(-1, keepdims=True) + 1e-5)*w[f"{n}.weight"] + w[f"{n}.bias"]
     sigmoid = lambda v: 1/(1 + np.exp(-v))
     a = b = c = np.ones(D)
-    if block.config.depth_scaling:
+    if "scaling" in block.config.conditioning:
         h = w["scaling.fc1.weight"][:, 0]*t + w["scaling.fc1.bias"]
         scales = 1 + w["scaling.fc2.weight"] @ (h*sigmoid(h)) + w["scaling.fc2.bias"]
         a, b, c = scales[:D], scales[D:2*D], scales[2*D:]
@@ -70,9 +70,9 @@ def by_hand(block, x, t):
 
 
 @pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
-@pytest.mark.parametrize("depth_scaling", [True, False])
-def test_block_equals_the_equations(mlp, depth_scaling):
-    block = awake(RecurrentBlock(12, 3, mlp, hidden=20, depth_scaling=depth_scaling).double())
+@pytest.mark.parametrize("conditioning", [("scaling",), ()])
+def test_block_equals_the_equations(mlp, conditioning):
+    block = awake(RecurrentBlock(12, 3, mlp, hidden=20, conditioning=conditioning).double())
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     for t in (1, 7.): torch.testing.assert_close(block(x, t), by_hand(block, x, t), atol=1e-10, rtol=1e-10)
 
@@ -106,7 +106,7 @@ def test_depth_may_be_a_number_or_one_for_each_state():
 def test_new_block_starts_near_the_identity():
     torch.manual_seed(0)
     block, x = RecurrentBlock(16, 2), torch.randn(2, 6, 16)
-    torch.testing.assert_close(RecurrentBlock(16, 2, depth_scaling=False)(x, 12), x, atol=1e-4, rtol=0.)
+    torch.testing.assert_close(RecurrentBlock(16, 2, conditioning=())(x, 12), x, atol=1e-4, rtol=0.)
     torch.testing.assert_close(block(x, 12), x, atol=1e-4, rtol=0.02)
     assert block.scaling.fc2.weight.std().item() == pytest.approx(1e-4, rel=0.2)
     assert torch.equal(block.gamma1, torch.full((16,), 1e-5))
@@ -124,7 +124,7 @@ def test_depth_scaling_keeps_its_precision_under_autocast():
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 3), st.integers(0, 4), st.integers(1, 3), st.booleans())
 def test_rollouts_compose_and_teacher_forcing_is_single_steps(start, length, batch, scaled):
-    block = awake(RecurrentBlock(8, 2, depth_scaling=scaled).double())
+    block = awake(RecurrentBlock(8, 2, conditioning=("scaling",) if scaled else ()).double())
     x = torch.randn(batch, 3, 8, dtype=torch.float64)
     whole = block.rollout(x, start, start + length)
     assert torch.equal(whole[:, 0], x) and whole.shape[1] == length + 1
@@ -187,7 +187,7 @@ def test_attention_starts_as_torch_multihead(dim, std, bound):
 @pytest.mark.parametrize("mlp,hidden,layers", [
     ("swiglu", None, 16), ("gelu", None, 12), ("swiglu", flop_matched_hidden(24), 12)])
 def test_counts_of_weights_and_flops(mlp, hidden, layers):
-    block = RecurrentBlock(24, 3, mlp, hidden, depth_scaling=False)
+    block = RecurrentBlock(24, 3, mlp, hidden, conditioning=())
     assert sum(p.numel() for p in block.parameters() if p.ndim == 2) == layers*24**2
     x = torch.randn(1, 10, 24)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): block(x, 1)
@@ -209,7 +209,7 @@ def test_flops_of_a_raptor_sum_over_layers():
 @pytest.mark.parametrize("arguments,sentence", [
     (dict(num_heads=3), "not a multiple"), (dict(dim=0), "dim is '0'"), (dict(num_heads=True), "num_heads is 'True'"),
     (dict(dim=10**9), "1..65536"), (dict(mlp="swish"), "unknown mlp"), (dict(hidden=0), "hidden is '0'"),
-    (dict(layer_scale=float("nan")), "finite"), (dict(depth_scaling=1), "true or false")])
+    (dict(layer_scale=float("nan")), "finite"), (dict(qk_norm=1), "true or false")])
 def test_impossible_blocks_are_refused(arguments, sentence):
     with pytest.raises(RaptorError, match=sentence): RecurrentBlock(**{"dim": 8, "num_heads": 2, **arguments})
 
@@ -295,7 +295,7 @@ def test_intermediates_agree_with_a_timm_model():
         def embed(self, images): return model.norm_pre(model._pos_embed(model.patch_embed(images)))
         def norm(self, state): return model.norm(state)
     class Layers(Raptor): # a Raptor whose steps are the teacher's own layers
-        def step(self, x, t): return model.blocks[t - 1](x)
+        def step(self, x, t, stride=1): return model.blocks[t - 1](x)
     student = RaptorBackbone(Wrapped(), Layers([RecurrentBlock(8, 2)], Phases((3,))))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(student.forward_features(images), model.forward_features(images))
@@ -420,7 +420,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("phases,arguments", [
-    (Phases((1, 3)), {}), (FragmentedPhases((0, 1, 0)), dict(mlp="gelu", depth_scaling=False)),
+    (Phases((1, 3)), {}), (FragmentedPhases((0, 1, 0)), dict(mlp="gelu", conditioning=())),
     (Phases((2,)), dict(hidden=flop_matched_hidden(8)))])
 def test_saved_and_read_back_bit_for_bit(tmp_path, phases, arguments):
     raptor = awake(Raptor.create(phases, 8, 2, **arguments))
@@ -494,25 +494,25 @@ def test_a_teacher_of_another_folder_is_noticed(saved):
     with pytest.raises(RaptorError, match="another config.json"): Raptor.from_pretrained(saved[1])
 
 
-BLOCK = dict(dim=8, num_heads=2, mlp="swiglu", hidden=32, layer_scale=1e-5, depth_scaling=True)
+BLOCK = json.loads(json.dumps(asdict(BlockConfig(8, 2))))
 def second(**changes): return dict(blocks=[BLOCK, {**BLOCK, **changes}])
 
 @pytest.mark.parametrize("changes,sentence", [
-    (dict(format=...), "exactly the keys"), (dict(weights="../../etc/passwd"), "exactly the keys"),
+    (dict(format=...), "must have the keys"), (dict(weights="../../etc/passwd"), "must have the keys"),
     (dict(format=2), "this version reads 1"), (dict(format=[0]*999), "has format"),
     (dict(phases=[1, 3]), "'ends' or 'assignment'"), (dict(phases={}), "'ends' or 'assignment'"),
     (dict(phases={"ends": [1, 3], "x": 1}), "'ends' or 'assignment'"),
     (dict(phases={"ends": [1, 10**9]}), "integers in 0..1024"),
     (dict(phases={"ends": list(range(1, 3000))}), "integers in"), (dict(phases={"ends": [1, 2.5]}), "integers in"),
-    (dict(phases={"ends": [3, 1]}), "increasing"), (dict(phases={"ends": [3]}), "one block for each of its 1"),
+    (dict(phases={"ends": [3, 1]}), "config.json: .*increasing"), (dict(phases={"ends": [3]}), "one block for each of its 1"),
     (dict(phases={"assignment": [0, 2, 2]}), "every block"), (dict(blocks=[BLOCK]), "one block for each"),
     (second(dim=10**9), "dim is '1000000000'"), (second(hidden=10**12), "hidden is"), (second(path="../x"), "'path'"),
     (dict(blocks=[BLOCK, {k: v for k, v in BLOCK.items() if k != "mlp"}]), "'mlp'"),
-    (dict(blocks=[BLOCK, "..."]), "sizes were expected"), (second(mlp="../../x"), "unknown mlp"),
+    (dict(blocks=[BLOCK, "..."]), "not by its sizes; copy"), (second(mlp="../../x"), "unknown mlp"),
     (second(mlp=["x"]), "unknown mlp"), (second(dim="8"), "dim is '8'"),
     (second(hidden=16), "where the configuration needs"),
     (dict(blocks=[{**BLOCK, "dim": 65536}]*2), "where the configuration needs"),
-    (second(depth_scaling=False), "where the configuration needs nothing"),
+    (second(conditioning=()), "where the configuration needs nothing"),
     (dict(phases={"assignment": [0, 1, 0]}), "another config.json"),
     (dict(phases={"ends": [2, 3]}), "another config.json")])
 def test_a_false_configuration_is_refused_in_one_sentence(saved, changes, sentence):
@@ -522,7 +522,7 @@ def test_a_false_configuration_is_refused_in_one_sentence(saved, changes, senten
 
 
 @pytest.mark.parametrize("content,sentence", [
-    ("{", "not valid JSON"), ("[" * 200_000, "config.json"), ("[]", "exactly the keys"),
+    ("{", "not valid JSON"), ("[" * 200_000, "config.json"), ("[]", "must have the keys"),
     (" " * (2**20 + 1), "at most 1,048,576"), ("\xff", "config.json")])
 def test_a_configuration_that_is_no_json_is_refused(saved, content, sentence):
     (saved[1]/"config.json").write_bytes(content.encode("latin1"))

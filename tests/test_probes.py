@@ -147,9 +147,9 @@ def test_the_teacher_is_trained_and_frozen_again():
 
 def test_stochastic_depth_survives_a_restart(tmp_path):
     "Drop path draws random numbers in the forward pass: a run that is interrupted must draw the same ones."
-    def start():
+    def start(rate=0.3):
         seed_everything(0)
-        return Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, drop_path_rate=0.3)
+        return Backbone.create("vit_nano_patch4_reg4_24", pretrained=False, drop_path_rate=rate)
     data = load_dataset("digit_scenes", "train", "all", limit=64)
     config = FitConfig(steps=6, batch_size=16, lr=1e-3, warmup=1, log_every=1, checkpoint_every=2)
     arguments = dict(num_classes={"classification": 10})
@@ -166,6 +166,7 @@ def test_stochastic_depth_survives_a_restart(tmp_path):
     again = start()
     train_teacher(again, data, config, tmp_path, **arguments)
     assert whole.fingerprint == again.fingerprint
+    with pytest.raises(RaptorError, match="belongs to another run"): train_teacher(start(0.1), data, config, tmp_path, **arguments)
 
 
 def test_plain_attention_is_switched_back():
@@ -196,7 +197,10 @@ def test_heads_on_disk(tmp_path):
     save_head(head, path, settings)
     again = load_head(PassThrough(), "depth", path)
     assert torch.equal(again.linear.weight, head.linear.weight) and torch.equal(again.centres, head.centres)
-    path.write_bytes(path.read_bytes()[:40])
+    before = path.read_bytes()
+    save_head(head, path, settings)
+    assert path.read_bytes() == before
+    path.write_bytes(before[:40])
     with pytest.raises(RaptorError, match="damaged"): load_head(PassThrough(), "depth", path)
 
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from raptor.core import RaptorError, seed_everything, seed_for
 from raptor.model.block import RecurrentBlock
 from raptor.model.raptor import Raptor
+from raptor.model.recurrence import walk
 from raptor.phases import Phases
 from raptor.train.checkpoint import load_checkpoint, save_checkpoint
 from raptor.train.fit import FitConfig, Trainer, fit, learning_rate
@@ -151,9 +152,14 @@ def test_noise_is_a_function_of_seed_and_step(monkeypatch):
     assert (correlation - torch.eye(5)).abs().max() < 0.05 # 7,680 numbers: four standard deviations of independent ones
 
 
+class Unit(nn.Module):
+    "A model that stops at every state."
+    def path(self, start, end=None, count=None): return walk(None, start, end, count)
+
+
 def test_noise_enters_the_inputs_and_not_the_targets():
     seen, states = [], torch.randn(2, 3, 5, 8)
-    class Copy(nn.Module):
+    class Copy(Unit):
         def predict_next(self, x, start): seen.append(x); return states[:, 1:]
     objective = SpanObjective(Copy(), 0, TrainConfig(noise=0.1, forcing="teacher"))
     assert objective(states, 4)["loss"] == 0 and torch.equal(seen[0], states + objective.noise(states, 4))
@@ -162,9 +168,9 @@ def test_noise_enters_the_inputs_and_not_the_targets():
 @pytest.mark.parametrize("step", [0, 20, 60]) # teacher forcing, both, autoregression
 def test_noise_precedes_every_step(step):
     "A model that stands still sums the noise of the steps, and each teacher-forced step has its own."
-    class Still(nn.Module):
+    class Still(Unit):
         def predict_next(self, x, start): return x[:, :-1]
-        def step(self, x, t): return x
+        def step(self, x, t, stride): return x
     states = torch.zeros(4, 4, 5, 8)
     objective = SpanObjective(Still(), 2, TrainConfig(steps=160, noise=0.1))
     noise, scalars = objective.noise(states, step)[:, :3], objective(states, step)
@@ -487,3 +493,25 @@ def test_losses_and_states_of_each_precision_are_those_of_float64(precision, tol
         forced, free = distance(exact.predict_next(wide, 0), wide[:, 1:]), distance(truth[:, 1:], wide[:, 1:])
     assert float(loss) == pytest.approx(float(weight*forced + (1 - weight)*free), rel=tolerance)
     assert float((rolled.double() - truth).norm()/truth.norm()) < tolerance
+
+
+@pytest.mark.parametrize("step", [0, 20, 100]) # teacher forcing, both, autoregression
+def test_losses_are_those_at_the_stops(step):
+    raptor = Raptor.create(Phases((2, 6)), 8, 2, layer_scale=0.5, stops=(2, 3, 6))
+    states = torch.randn(4, 7, 5, 8)[:, [0, 2, 3, 6]]
+    scalars = SpanObjective(raptor, 0, TrainConfig(steps=160))(states, step)
+    x, expected = states[:, 0], {"tf": [], "ar": []}
+    for i, (a, b) in enumerate(((0, 2), (2, 3), (3, 6))):
+        block, x = raptor.blocks[b > 2], raptor.blocks[b > 2](x, b, b - a)
+        expected["tf"].append((block(states[:, i], b, b - a) - states[:, i + 1]).square().mean())
+        expected["ar"].append((x - states[:, i + 1]).square().mean())
+    for name in set(scalars) & set(expected): torch.testing.assert_close(scalars[name], sum(expected[name]) / 3)
+
+
+def test_a_raptor_with_stops_reads_the_states_that_it_hits():
+    read = []
+    class Source(Rotating):
+        def batches(self, *a, states=None, **k): read.append(states); return (b[:, states] for b in super().batches(*a, **k))
+    raptor = Raptor.create(Phases((2, 6)), 8, 2, layer_scale=0.1, stops=(2, 3, 6))
+    history = train_raptor(Source(), raptor, replace(SHORT, steps=40))
+    assert read == [(0, 2, 3, 6)] and history.loss.iloc[-1] < history.loss.iloc[0]

@@ -796,3 +796,13 @@ def test_memory_does_not_grow_with_the_number_of_images(backbone, tmp_path):
 def test_no_progress_debris_in_a_log(backbone, tmp_path, capfd):
     write_cache(backbone, Noise(), tmp_path/"c")
     assert capfd.readouterr().err == ""
+
+
+
+def test_some_states_are_those_of_the_whole_trajectory(either, backbone):
+    for source in (CachedTrajectories(either), LiveTrajectories(backbone, Noise())):
+        whole = next(source.batches(24, seed=3))
+        for states in ((0, 2, 3), (1,), (1, 2)):
+            assert torch.equal(next(source.batches(24, seed=3, states=states)), whole[:, states])
+        for states in ((), (2, 1), (1, 1), (0, 99), (-1, 2)):
+            with pytest.raises(RaptorError, match="choose them from 0"): next(source.batches(4, states=states))

@@ -57,7 +57,9 @@ class SpanChain(nn.Module):
         super().__init__()
         spans = list(spans)
         found = [(s.start, s.end) for s in spans]
-        if found != phases.spans: raise RaptorError(f"the spans {found} are not those of the phases, {phases.spans}.")
+        if found != phases.spans:
+            raise RaptorError(f"the spans {found} are not those of the phases; "
+                              f"give one for each of {phases.spans}, in order.")
         self.spans, self.phases, self.dim = nn.ModuleList(spans), phases, dim
         self.depth, self.k, self.assignment = phases.depth, phases.k, phases.assignment
 
@@ -65,7 +67,8 @@ class SpanChain(nn.Module):
         "`end`, or the depth if it is None; `RaptorError` if the two do not span states of the chain."
         end = self.depth if end is None else end
         if 0 <= start <= end <= self.depth: return end
-        raise RaptorError(f"a chain of {self.depth} layers cannot go from state {start} to state {end}.")
+        raise RaptorError(f"a chain of {self.depth} layers cannot go from state {start} to state {end}; "
+                          f"give 0 <= start <= end <= {self.depth}.")
 
     def advance(self, state:Tensor, start:int=0, end:int|None=None) -> Tensor:
         "State `end` (B, N, D) from state `start`."
@@ -99,7 +102,8 @@ class _SecondMoments:
         self.count, self.x, self.y = self.count + len(x), self.x + x.sum(0), self.y + y.sum(0)
         self.xx, self.xy = self.xx + x.T @ x, self.xy + x.T @ y
         if not (self.xx.isfinite().all() and self.xy.isfinite().all()):
-            raise RaptorError("the trajectories hold NaN or infinity; nothing can be fitted to them.")
+            raise RaptorError("the trajectories hold NaN or infinity, so nothing can be fitted to them; "
+                              "check the weights of the backbone and the normalisation of its images.")
 
 def _regress(xx, xy, ridge=0.0, rank=None):
     "The matrix A (D, D) that minimises |A x - y|^2 + ridge |A|^2 over the leading `rank` directions of x."
@@ -111,14 +115,14 @@ def _regress(xx, xy, ridge=0.0, rank=None):
 
 def _streamed(stream, phases, ridge, pairs):
     "`_SecondMoments` of each span, and the width, where `pairs(x, start, end)` gives inputs and targets."
-    if not ridge >= 0: raise RaptorError(f"ridge is {ridge}; it is a penalty and must not be negative.")
+    if not ridge >= 0: raise RaptorError(f"ridge is {ridge}, and it is a penalty; give 0 or more.")
     moments = [_SecondMoments() for _ in phases.spans]
     for x in check_stream(stream):
         if x.shape[1] != phases.depth + 1:
             raise RaptorError(f"a batch of the stream is {tuple(x.shape)}; for phases ending at {phases.depth} "
                               f"give trajectories (B, {phases.depth + 1}, N, D).")
         for m, (start, end) in zip(moments, phases.spans): m.add(*pairs(x, start, end))
-    if not moments[0].count: raise RaptorError("the stream holds no image; nothing can be fitted to it.")
+    if not moments[0].count: raise RaptorError("the stream holds no image; give trajectories of at least one.")
     return moments, x.shape[-1]
 
 # %% ../../nbs/api/analysis/01_baselines.ipynb #318d858a
@@ -142,7 +146,7 @@ def fit_dmd(stream:Iterable, # trajectories (B, L+1, N, D)
             rank:int|None=None, # leading directions of the states that the operator acts on, 1..D; None: all
 ) -> SpanChain: # of `DMDSpan`
     "Dynamic mode decomposition: K = Y X^T (X X^T + ridge I)^-1 over all consecutive pairs of states in a span."
-    if rank is not None and rank < 1: raise RaptorError(f"rank is {rank}; an operator acts on at least one direction.")
+    if rank is not None and rank < 1: raise RaptorError(f"rank is {rank}; give at least 1, or None for all directions.")
     moments, dim = _streamed(stream, phases, ridge, lambda x, s, e: (x[:, s:e], x[:, s+1:e+1]))
     operators = [_regress(m.xx, m.xy, ridge*m.xx.trace()/dim, rank) for m in moments]
     return SpanChain([DMDSpan(s, e, K) for K, (s, e) in zip(operators, phases.spans)], phases, dim)

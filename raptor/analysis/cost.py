@@ -45,7 +45,7 @@ def seconds_per_call(function, # any function that computes with torch
                      repeats:int=5, # timed calls, after one untimed call
 ) -> list: # seconds, one number for each timed call
     "Wall-clock time of each call; a GPU's queue is emptied before the clock is read."
-    if repeats < 1: raise RaptorError(f"repeats is {repeats}; at least one call must be timed.")
+    if repeats < 1: raise RaptorError(f"repeats is {repeats}; give at least 1, the number of timed calls.")
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

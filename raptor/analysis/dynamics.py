@@ -77,7 +77,8 @@ class Moments:
         v = to_double(values).flatten()
         if not v.numel(): return
         if not v.isfinite().all():
-            raise RaptorError(f"a value is not finite{where}; a state there is zero, NaN or infinite.")
+            raise RaptorError(f"a value is not finite{where}, because a state there is zero, NaN or infinite; "
+                              "check the weights of the model and the normalisation of its images.")
         n, mean = v.numel(), v.mean().item()
         m2, step, total = ((v - mean)**2).sum().item(), mean - self.mean, self.count + n
         self.mean, self.m2 = self.mean + step*n/total, self.m2 + m2 + step**2*self.count*n/total
@@ -150,7 +151,7 @@ def _spectrum(values):
     s = np.asarray(values, dtype=np.float64)
     if s.size == 0 or not np.isfinite(s).all() or s.min() < 0 or s.max() == 0:
         raise RaptorError("a rank needs singular values that are finite, non-negative and not all zero; "
-                          "is the update zero everywhere?")
+                          "check that the states change at every layer.")
     return s / s.max()
 
 # %% ../../nbs/api/analysis/00_dynamics.ipynb #cd919fed
@@ -170,7 +171,8 @@ def update_spectra(stream:Iterable, # trajectories (B, L+1, N, D)
     for key, (second, first, n) in sums.items():
         if centred: second = second - torch.outer(first, first)/n
         if not second.isfinite().all():
-            raise RaptorError(f"the updates of layer {key[0]} are not finite; a state there is NaN or infinite.")
+            raise RaptorError(f"the updates of layer {key[0]} are not finite: a state there is NaN or infinite; "
+                              "check the weights of the backbone and the normalisation of its images.")
         square = torch.linalg.eigvalsh(second.cpu()).flip(0)
         noise = len(square)*torch.finfo(torch.float64).eps*square[0]
         spectra[key] = square.where(square > noise, 0).sqrt().numpy()
@@ -221,7 +223,8 @@ def class_angles(directions:Tensor, # (n, L+1, D) unit vectors, from `cls_direct
                 cells[layer, pair].add(angles[chosen], f" at layer {layer}")
     for pair in ("within", "between"):
         if not cells[0, pair].count:
-            raise RaptorError(f"no two of the {n} images make a pair {pair} classes; give more images.")
+            raise RaptorError(f"no two of the {n} images make a pair {pair} classes; "
+                              "give images of at least two classes, and at least two of one class.")
     return moments_table(cells, ["layer", "pair"])
 
 def angular_basins(directions:Tensor, # (n, L+1, D) unit vectors, from `cls_directions`

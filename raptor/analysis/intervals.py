@@ -50,7 +50,8 @@ def bootstrap(statistic, # statistic(*samples) -> number
     sizes = [len(s) for s in samples]
     if not samples or min(sizes) < 2:
         raise RaptorError(f"an interval needs samples of at least two and got {sizes}; measure more images or runs.")
-    if paired and len(set(sizes)) > 1: raise RaptorError(f"paired samples must be equally long and are {sizes}.")
+    if paired and len(set(sizes)) > 1:
+        raise RaptorError(f"paired samples must be equally long and are {sizes}; give whole pairs, or paired=False.")
     def of_rows(*rows): return statistic(*[s[r] for s, r in zip(samples, rows*len(samples) if paired else rows)])
     rows = [np.arange(n) for n in (sizes[:1] if paired else sizes)] # scipy resamples vectors: row numbers
     found = stats.bootstrap(rows, of_rows, vectorized=False, method="percentile", n_resamples=draws,

@@ -40,7 +40,8 @@ def perturbation_decay(model, # anything with `.depth` and `.advance(state, star
     "Angle between the pushed and the undisturbed state at every layer from the push on (the paper's self-correction)."
     start_layers, sizes, cells, seen = list(start_layers), list(sizes), defaultdict(Moments), 0
     if not all(0 <= s < model.depth for s in start_layers) or not all(0 < size < float("inf") for size in sizes):
-        raise RaptorError(f"start layers {start_layers} must lie in 0..{model.depth-1} and sizes {sizes} be positive.")
+        raise RaptorError(f"no push of sizes {sizes} is possible at the layers {start_layers}; "
+                          f"give layers in 0..{model.depth-1}, and finite sizes above 0.")
     for x in check_stream(stream, states=1):
         clean = [x[:, 0]]
         for l in range(model.depth): clean.append(model.advance(clean[-1], l, l+1))
@@ -64,7 +65,7 @@ def advance_with_order(model, # anything with `.depth` and `.advance(state, star
     "Run the layers of a model in a given order."
     order = tuple(order)
     if not all(1 <= layer <= model.depth for layer in order):
-        raise RaptorError(f"the order {order} names a layer outside 1..{model.depth}.")
+        raise RaptorError(f"the order {order} names a layer outside 1..{model.depth}; number them from 1.")
     for layer in order: state = model.advance(state, layer-1, layer)
     return state
 
@@ -102,7 +103,7 @@ def sample_replacements(phases:Partition, # says which layers belong together
     options = {l: o for l, o in options.items() if o}
     ways = [1] + [0]*K # ways[i]: number of ways to replace i of the layers seen so far
     for o in options.values(): ways = [ways[0], *(ways[i] + ways[i-1]*len(o) for i in range(1, K+1))]
-    if K < 1: raise RaptorError(f"K is {K}; at least one layer must be replaced.")
+    if K < 1: raise RaptorError(f"K is {K}; give at least 1, the number of layers to replace.")
     _check_available(n, ways[K], f"replacements of {K} layers {'within' if within else 'across'} phases")
     rng, drawn = Random(seed_for("replacements", phases.assignment, K, within, seed)), {}
     while len(drawn) < n:

@@ -43,7 +43,8 @@ def _read_archive(spec, folder, download):
             f"{folder}/train/<class>/; put {source.url} there, pass download=True, or set RAPTOR_DATA.")
     try: return read(True)
     except (OSError, RuntimeError) as e:
-        raise RaptorError(f"{source.url} cannot be unpacked in {place} ({e}); put it there, or its content.") from e
+        raise RaptorError(f"{source.url} cannot be fetched or unpacked in {place} ({e}); "
+            "put the archive there, or its content.") from e
 
 class CifarArrays(ArrayDataset):
     "CIFAR-10 or CIFAR-100 from the original archive, in memory."

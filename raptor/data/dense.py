@@ -136,7 +136,8 @@ def _read_rows(path, folder, must_exist):
     with open(path, newline="") as f:
         rows = [(f"{path} line {n}", [name.strip() for name in row]) for n, row in enumerate(csv.reader(f), 1) if row]
     for line, row in rows:
-        if len(row) != 2: raise RaptorError(f"{line} has {len(row)} columns instead of 2: image path, depth path.")
+        if len(row) != 2:
+            raise RaptorError(f"{line} has {len(row)} columns instead of 2; give an image path and a depth path.")
         for name in row:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise RaptorError(f"{line} names {name!r}, which leaves {folder}; use paths relative to that folder.")

@@ -59,7 +59,7 @@ def check_columns(frame:pd.DataFrame, # a tidy frame
     found = list(getattr(frame, "columns", ["no frame"]))
     if missing := [n for n in names if n not in found]:
         raise RaptorError(f"{figure} needs the column{'s'*(len(missing) > 1)} {', '.join(missing)} "
-                          f"and got {', '.join(map(str, found))}.")
+                          f"and got {', '.join(map(str, found))}; give it the table that its documentation names.")
     return frame
 
 def mean_and_spread(frame:pd.DataFrame, # one row for each replica, or one row with its own std

@@ -11,9 +11,9 @@ from operator import attrgetter, index
 from torch import Tensor, nn
 
 from ..core import RaptorError, fingerprint
-from .block import Recurrence
 from .hub import creation
 from .raptor import Raptor
+from .recurrence import Recurrence
 from .tensors import weights_digest
 
 # %% ../../nbs/api/model/05_as_backbone.ipynb #c7a555c2
@@ -55,12 +55,13 @@ class RaptorBackbone(Recurrence):
     @property
     def fingerprint(self) -> str: # 16 hexadecimal digits
         "A hash that changes with the teacher and with any weight of the Raptor."
-        return fingerprint([self.backbone.fingerprint, self.raptor.assignment, weights_digest(self.raptor)])
+        stops = [self.raptor.stops] if self.raptor.stops else []
+        return fingerprint([self.backbone.fingerprint, self.raptor.assignment, *stops, weights_digest(self.raptor)])
 
-    def step(self, x, t): return self.raptor.step(x, t)
+    def step(self, x, t, stride=1): return self.raptor.step(x, t, stride)
     def advance(self, state, start=0, end=None): return self.raptor.advance(state, start, end)
     def rollout(self, state, start=0, end=None): return self.raptor.rollout(state, start, end)
-    def check_span(self, start, end): return self.raptor.check_span(start, end)
+    def path(self, start, end=None, count=None): return self.raptor.path(start, end, count)
     def cls(self, state:Tensor) -> Tensor: return self.backbone.cls(state)
     def patches(self, state:Tensor) -> Tensor: return self.backbone.patches(state)
     def forward(self, images:Tensor) -> Tensor: return self.features(images)
@@ -75,7 +76,7 @@ class RaptorBackbone(Recurrence):
         end:int|None=None, # index of the last state; None: L
     ) -> Tensor: # (B, end-start+1, N, D)
         "States start..end of the autoregressive rollout from state 0."
-        self.check_span(start, end)
+        self.path(start, end)
         return self.rollout(self.advance(self.embed(images), 0, start), start, end)
 
     def norm(self, state:Tensor, # (..., N, D)
@@ -91,7 +92,7 @@ class RaptorBackbone(Recurrence):
     def forward_features(self, images:Tensor) -> Tensor: return self.features(images) # timm's name of `features`
 
     def forward_intermediates(self, images:Tensor, # (B, 3, H, W), normalised for the teacher
-        indices:int|list[int]|None=None, # as in timm: the last n layers, a list of layers (from 0), or all
+        indices:int|list[int]|None=None, # as in timm: the last n stops, a list of layers (from 0), or all stops
         return_prefix_tokens:bool=False, # pairs (patches, prefix) in place of patches
         norm:bool=False, # apply the final norm
         stop_early:bool=False, # stop at the last requested state, which the final features are then made of
@@ -101,10 +102,11 @@ class RaptorBackbone(Recurrence):
         "States of several layers in order of depth, as in timm."
         if output_fmt not in ("NCHW", "NLC"):
             raise RaptorError(f"output_fmt is {output_fmt!r}, and must be 'NCHW' or 'NLC'.")
-        layers = _layers(indices, self.depth)
+        stops = [end for _, end in self.path(0)]
+        layers = _layers(indices, self.depth, stops)
         states = self.trajectory(images, end=layers[-1] if stop_early else self.depth)
         outputs = []
-        for state in states[:, layers].unbind(1):
+        for state in states[:, [1 + stops.index(layer) for layer in layers]].unbind(1):
             state = self.norm(state) if norm else state
             prefix, patches = state[:, :self.num_prefix], state[:, self.num_prefix:]
             if output_fmt == "NCHW": patches = patches.transpose(1, 2).unflatten(2, tuple(self.grid)).contiguous()
@@ -124,13 +126,17 @@ def _check_teacher(found, wanted):
             raise RaptorError(f"the Raptor's teacher saw images of {what} {wanted[what]}, and the backbone has "
                 f"{found[what]}; {cure}")
 
-def _layers(indices, depth):
+def _layers(indices, depth, stops):
     "The states that timm's `indices` select, in increasing order."
-    last = depth if indices is None else indices
+    last = len(stops) if indices is None else indices
+    if isinstance(last, int) and 1 <= last <= len(stops): return stops[-last:]
     try:
-        chosen = range(-last, 0) if isinstance(last, int) else map(index, () if isinstance(last, str) else last)
+        chosen = map(index, () if isinstance(last, str) else last)
         layers = sorted({i + 1 if i >= 0 else depth + i + 1 for i in chosen})
     except TypeError: layers = []
+    if missing := [layer for layer in layers if 1 <= layer <= depth and layer not in stops]:
+        raise RaptorError(f"the Raptor does not stop after layer {missing[0]}; choose from its stops {tuple(stops)}, "
+            "of which index i means layer i + 1.")
     if layers and 1 <= layers[0] and layers[-1] <= depth: return layers
     raise RaptorError(f"indices {indices!r} do not lie in the {depth} layers; "
         f"give a list of 0..{depth - 1}, a number, or None for all.")

@@ -45,6 +45,7 @@ class StandIn:
     "Takes the place of a pickled object: stores its attributes and does nothing."
     def __init__(self, *args): pass
 
+_SAVE, _GIVE = "save its state dict and give that file", "give a checkpoint of the authors' code"
 def _short(text): return re.sub(r"[^\w.,<>:=()' -]", "?", str(text)[:100]) # text from the file, fit for a sentence
 def _some(names): return _short(", ".join(list(names)[:3]))
 
@@ -57,11 +58,11 @@ def _read_archive(path):
         stored = all(r.compress_type == zipfile.ZIP_STORED and r.compress_size == r.file_size for r in records)
         distinct = len({r.filename for r in records}) == len(records)
         if not stored or not distinct or sum(r.file_size for r in records) > Path(path).stat().st_size:
-            raise RaptorError("its records are compressed, repeated or overlapping, which torch.save never writes.")
+            raise RaptorError("its records are compressed, repeated or overlapping; save it again with torch.save.")
         programs = [r for r in records if re.fullmatch("[^/]+/data.pkl", r.filename)]
-        if len(programs) != 1: raise RaptorError("it holds no data.pkl, or several; it was not written by torch.save.")
+        if len(programs) != 1: raise RaptorError("it holds no data.pkl, or several; save it with torch.save.")
         if programs[0].file_size > MAX_PICKLE:
-            raise RaptorError(f"its pickle has more than {MAX_PICKLE >> 20} MiB, more than any model needs.")
+            raise RaptorError(f"its pickle has more than {MAX_PICKLE >> 20} MiB, more than any model needs; {_SAVE}.")
         if bad := archive.testzip(): raise RaptorError(f"its record {_short(bad)} is damaged; copy the file again.")
         return archive.read(programs[0]), {r.file_size for r in records}
 
@@ -77,7 +78,7 @@ def _list_names(program):
         tuples += op.name.startswith("TUPLE")
         hostile = last in _FRESH and op.name != _FRESH[last] or isinstance(value, str) and value.startswith("__")
         if hostile and op.name != "GLOBAL" or tuples > _MAX_TUPLES:
-            raise RaptorError("its pickle copies containers, nests tuples or sets attributes as torch.save never does.")
+            raise RaptorError(f"its pickle copies containers, nests tuples or sets attributes like no module; {_SAVE}.")
         last = memo.get(value) if op.name in ("BINGET", "LONG_BINGET") else None
         if op.name == "GLOBAL":
             module, name = value.split(" ", 1) # protocol 2 gives the names of Python 2, such as __builtin__
@@ -94,7 +95,7 @@ def flatten(root, # stand-ins, dictionaries, lists and tensors
         if isinstance(value, Tensor): tensors[path] = value.detach() # without hooks
         children = [(key, child) for key, child in _children(value).items() if isinstance(key, (str, int))]
         seen += len(children)
-        if seen > 50_000 or len(path) > 1000: raise RaptorError("its modules are nested or repeated without end.")
+        if seen > 50_000 or len(path) > 1000: raise RaptorError(f"its modules are nested without end; {_SAVE}.")
         if isinstance(value, StandIn): attributes += [(path, key, child) for key, child in children if _is_plain(child)]
         inner = [(f"{path}.{key}" if path else str(key), child) for key, child in children if not _is_plain(child)]
         todo += reversed(inner)
@@ -135,15 +136,15 @@ def _load(path, classes):
     for name in (name for name in names if name not in _TENSORS):
         module, _, kind = name.rpartition(".")
         if name not in unsafe or kind not in (LAYERS if module.startswith("torch.") else KNOWN_CLASSES) | classes:
-            raise RaptorError(f"the file asks for {_short(name)}, which no checkpoint of a Raptor needs; nothing ran. "
-                "If it is a layer of the authors, name it in classes=; otherwise do not trust the file.")
+            raise RaptorError(f"the file asks for {_short(name)}, which no checkpoint of a Raptor needs; nothing ran: "
+                "if it is a layer of the authors, name it in classes= (in Python), else do not trust the file.")
         stand_ins[name] = type(kind, (StandIn,), {"__module__": module, "__qualname__": kind})
-        if len(stand_ins) > 200: raise RaptorError("the file asks for more kinds of layers than a model has.")
+        if len(stand_ins) > 200: raise RaptorError(f"the file asks for too many kinds of layers; {_SAVE}.")
     with safe_globals(list(stand_ins.values())):
         tensors, attributes = flatten(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     larger = any(t.untyped_storage().nbytes() not in sizes for t in tensors.values())
     if larger or sum(t.nbytes for t in tensors.values()) > 4*path.stat().st_size:
-        raise RaptorError("its tensors have more numbers than the file holds.")
+        raise RaptorError("its tensors have more numbers than the file holds; clone them and save it again.")
     return tensors, attributes
 
 # %% ../../nbs/api/model/06_authors.ipynb #24cf9acf
@@ -188,7 +189,7 @@ def _mlp(tensors, modules, dim):
     raise RaptorError(f"matrices of shape {shapes} make no SwiGLU and no GELU MLP of width {dim}.")
 
 def translate_block(tensors:dict[str, Tensor], # of one block, by name inside it
-) -> tuple[dict, dict[str, Tensor]]: # sizes (dim, mlp, hidden, depth_scaling), and weights by our names
+) -> tuple[dict, dict[str, Tensor]]: # sizes (dim, mlp, hidden, conditioning), and weights by our names
     "The weights of a recurrent block of another implementation; raises `RaptorError` if one is missing or left over."
     tensors = dict(tensors)
     for name, value in tensors.items():
@@ -211,7 +212,7 @@ def translate_block(tensors:dict[str, Tensor], # of one block, by name inside it
     gammas = [tensors.pop(name) for name in roles["gamma"]] or [torch.ones(dim, dtype=weight.dtype)]*2
     weights |= {f"gamma{i + 1}": gamma for i, gamma in enumerate(gammas)}
     if tensors: raise RaptorError(f"a block holds {_some(tensors)}, for which a recurrent block has no place.")
-    sizes = {"dim": dim, "mlp": kind, "hidden": hidden, "depth_scaling": bool(roles["scaling"])}
+    sizes = {"dim": dim, "mlp": kind, "hidden": hidden, "conditioning": ("scaling",) if roles["scaling"] else ()}
     return sizes, {name: value.clone() for name, value in weights.items()} # a copy: the file may be replaced later
 
 # %% ../../nbs/api/model/06_authors.ipynb #b87c76a2
@@ -228,12 +229,12 @@ def _num_heads(attributes, prefix, given):
     inside = [(key, value) for path, key, value in attributes if f"{path}.".startswith(prefix) or not prefix]
     for key, ours in (("eps", 1e-5), ("add_zero_attn", False), ("approximate", "none")):
         for value in (v for k, v in inside if k == key and v != ours):
-            raise RaptorError(f"a block has {key}={_short(value)}, and ours computes with {ours!r}.")
+            raise RaptorError(f"a block has {key}={_short(value)}, and ours computes with {ours!r}; {_GIVE}.")
     stored = {v for k, v in inside if k == "num_heads" and type(v) is int}
     if given is not None and stored - {given}:
         raise RaptorError(f"the file states num_heads={min(stored)}, and {given} was given; omit it.")
     if len(stored) == 1: return stored.pop()
-    if stored or given is None: raise RaptorError("the file does not state its number of heads; pass num_heads=.")
+    if stored or given is None: raise RaptorError("it does not state its number of heads; pass num_heads= or --heads.")
     return given
 
 def _stored_ends(attributes, k, depth):
@@ -252,22 +253,24 @@ def _stored_ends(attributes, k, depth):
 
 def _block(tensors, num_heads, path):
     "A `RecurrentBlock` with the weights of another implementation."
-    sizes, weights = translate_block(tensors)
+    try: sizes, weights = translate_block(tensors)
+    except RaptorError as e: raise RaptorError(f"{str(e).rstrip('.')}; {_GIVE}.") from e
     block = empty_block(block_config({**asdict(BlockConfig(1, 1)), **sizes, "num_heads": num_heads}, path))
     try: block.load_state_dict(weights, assign=True)
-    except RuntimeError as e: raise RaptorError(f"its weights do not fit: {' '.join(str(e).split())[:200]}.") from e
+    except RuntimeError as e:
+        raise RaptorError(f"its weights do not fit ({' '.join(str(e).split())[:200]}); {_GIVE}.") from e
     return block
 
 def _blocks(tensors, attributes, depth, num_heads, path):
     "The recurrent blocks among the tensors of a file, in order."
     anchors = [name for name in tensors if name.endswith("in_proj_weight")]
-    if not anchors: raise RaptorError("it holds no multi-head attention, so no block was found.")
+    if not anchors: raise RaptorError(f"it holds no multi-head attention, so no block was found; {_GIVE}.")
     prefixes = [_prefix(name, tensors) for name in anchors[:depth + 1]]
     if len(set(prefixes)) < len(anchors) or len(anchors) > depth:
-        raise RaptorError(f"it holds {len(anchors)} attentions, which are not of at most {depth} separate blocks.")
+        raise RaptorError(f"it holds {len(anchors)} attentions, not those of at most {depth} separate blocks; {_GIVE}.")
     if left := [name for name in tensors if not name.startswith(tuple(prefixes))]:
         raise RaptorError(f"it holds {_some(left)} outside its blocks; "
-            "if that is not part of the recurrence, name the module in ignore=.")
+            "if that is no part of the recurrence, name the module in ignore= (in Python).")
     inside = [{name[len(p):]: value for name, value in tensors.items() if name.startswith(p)} for p in prefixes]
     return [_block(own, _num_heads(attributes, p, num_heads), path) for p, own in zip(prefixes, inside)]
 
@@ -293,5 +296,5 @@ def import_author_checkpoint(path:str|Path, # a file of `torch.save`, whole modu
             raise RaptorError(f"it holds {len(blocks)} blocks and does not state where their phases end; pass ends=.")
         phases = Phases(ends or stored)
         if phases.depth == depth: return Raptor(blocks, phases)
-        raise RaptorError(f"its phases end at {phases.ends}, which does not close with depth={depth}.")
+        raise RaptorError(f"its phases end at {phases.ends}, which does not close with depth={depth}; pass both alike.")
     except RaptorError as e: raise RaptorError(f"the checkpoint {path} cannot be imported: {e}") from e

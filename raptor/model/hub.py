@@ -118,24 +118,29 @@ def _read_phases(values, where):
     "A partition from JSON: {'ends': [...]} or {'assignment': [...]}."
     (kind, labels), *more = values.items() if isinstance(values, dict) and values else [(None, None)]
     if more or kind not in ("ends", "assignment"):
-        raise RaptorError(f"{where} gives phases {str(values)[:40]!r}, where 'ends' or 'assignment' was expected.")
+        raise RaptorError(f"{where} gives phases {str(values)[:40]!r}, not by 'ends' or 'assignment'; "
+            "copy the folder again.")
     valid = isinstance(labels, list) and len(labels) <= MAX_DEPTH
     if not valid or any(type(v) is not int or not 0 <= v <= MAX_DEPTH for v in labels):
-        raise RaptorError(f"{where} gives {kind} {str(labels)[:40]}, which are not integers in 0..{MAX_DEPTH}.")
-    return Phases(labels) if kind == "ends" else FragmentedPhases(labels)
+        raise RaptorError(f"{where} gives {kind} {str(labels)[:40]}, not integers in 0..{MAX_DEPTH}; "
+            "copy the folder again.")
+    try: return Phases(labels) if kind == "ends" else FragmentedPhases(labels)
+    except RaptorError as e: raise RaptorError(f"{where}: {e}") from e
 
 def read_config(path:Path, # a config.json, not trusted
 ) -> tuple[dict, list, Phases|FragmentedPhases]: # the parsed file; blocks on the meta device; their partition
     "The architecture that config.json describes; raises `RaptorError` if it is invalid."
     values, keys = read_json(path, limit=1 << 20), {"format", "phases", "blocks"}
-    if not isinstance(values, dict) or keys != set(values) - {"teacher"}:
-        raise RaptorError(f"{path} must have exactly the keys {', '.join(sorted(keys))}, and perhaps teacher; "
+    if not isinstance(values, dict) or keys != set(values) - {"teacher", "stops"}:
+        raise RaptorError(f"{path} must have the keys {', '.join(sorted(keys))}, and perhaps teacher and stops; "
             "give the config.json of a Raptor.")
     if values["format"] != FORMAT:
-        raise RaptorError(f"{path} has format {str(values['format'])[:40]}; this version reads {FORMAT}: update it.")
+        raise RaptorError(f"{path} has format {str(values['format'])[:40]}; this version reads {FORMAT}: "
+            "update the package.")
     phases, blocks = _read_phases(values["phases"], path), values["blocks"]
     if not isinstance(blocks, list) or len(blocks) != phases.k:
-        raise RaptorError(f"{path} must describe one block for each of its {phases.k} phases.")
+        raise RaptorError(f"{path} does not describe one block for each of its {phases.k} phases; "
+            "copy the folder again.")
     try: values.get("teacher") is None or TypeAdapter(Teacher).validate_python(values["teacher"])
     except ValidationError as e:
         what = e.errors(include_url=False)[0]
@@ -172,7 +177,8 @@ class HubMixin(PyTorchModelHubMixin):
         ends = self.phases.ends
         phases = {"assignment": list(self.phases.assignment)} if ends is None else {"ends": list(ends)}
         blocks, teacher = [asdict(block.config) for block in self.blocks], {"teacher": self.teacher}
-        return {"format": FORMAT, "phases": phases, "blocks": blocks, **(teacher if self.teacher else {})}
+        stops = {"stops": list(self.stops)} if self.stops else {}
+        return {"format": FORMAT, "phases": phases, "blocks": blocks, **stops, **(teacher if self.teacher else {})}
 
     @property
     def trained_on(self) -> str|None: # None: unknown, or not trained
@@ -210,7 +216,9 @@ class HubMixin(PyTorchModelHubMixin):
     @classmethod
     def _from_pretrained(cls, *, model_id, **download):
         values, blocks, phases = read_config(_find(model_id, "config.json", **download))
-        model, weights = cls(blocks, phases), _find(model_id, "model.safetensors", **download)
+        try: model = cls(blocks, phases, values.get("stops"))
+        except (TypeError, RaptorError) as e: raise RaptorError(f"{model_id}: config.json makes no Raptor: {e}") from e
+        weights = _find(model_id, "model.safetensors", **download)
         fill(model, weights)
         model.teacher = values.get("teacher")
         if (note := read_note(weights)).get("config") != fingerprint(values):

@@ -33,7 +33,7 @@ def read_note(path:str|Path, # a file of `write_tensors`
     "The note that the weights were written with."
     with open_tensors(path) as f: note = note_of(f)
     if note: return note
-    raise RaptorError(f"the weights {path} carry no note of this package; it did not write them.")
+    raise RaptorError(f"the weights {path} carry no note of this package; give a file that it saved.")
 
 def _check_header(module, f, path):
     "Compare every name, shape and type of the weights of `module` with the header of an open file."
@@ -43,9 +43,10 @@ def _check_header(module, f, path):
     for name in sorted(found.keys() | needed.keys()):
         here, there = (f"shape {shapes[name]}" if name in shapes else "nothing" for shapes in (found, needed))
         if here != there:
-            raise RaptorError(f"the weights {path} hold {here} for {name}, where the configuration needs {there}.")
+            raise RaptorError(f"the weights {path} hold {here} for {name}, where the configuration needs {there}; "
+                              "copy both again.")
         if (dtype := slices[name].get_dtype()) not in ("F64", "F32", "F16", "BF16"):
-            raise RaptorError(f"the weights {path} hold {name} as {dtype}; weights must be floating-point numbers.")
+            raise RaptorError(f"the weights {path} hold {name} as {dtype}; save it in floating point.")
 
 def fill(module:nn.Module, # on the meta device: shapes without numbers
     path:str|Path, # a file of `write_tensors`

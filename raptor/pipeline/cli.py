@@ -123,7 +123,7 @@ def _step(study, name:str, values:dict):
 def _parse(text:str) -> tuple:
     "NAME=VALUE, the value read as YAML."
     name, equals, value = text.partition("=")
-    if not equals: raise RaptorError(f"--param {text!r} is not of the form NAME=VALUE.")
+    if not equals: raise RaptorError(f"--param {text!r} has no value; write NAME=VALUE.")
     return name, parse_yaml(value, f"--param {name}")
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #a58e8f6f

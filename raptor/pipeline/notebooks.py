@@ -84,8 +84,8 @@ def run_notebook(name:str, # a notebook of the paper
         except papermill.PapermillExecutionError as e:
             shutil.move(t, failed)
             if (e.ename, e.evalue) == ("SystemExit", "143"):
-                raise RaptorError(f"{name} was asked to stop; a training in progress has saved its checkpoint. "
-                                  "Start it again and it goes on.") from e
+                raise RaptorError(f"{name} was asked to stop, and a training in progress has saved its checkpoint; "
+                                  "start it again and it goes on.") from e
             error = e.evalue if e.ename == "RaptorError" else f"{e.ename}: {e.evalue}"
             raise RaptorError(f"{name} failed: {error} (the executed notebook is {failed})") from e
         if finish: finish(t)

@@ -103,8 +103,8 @@ def _snakemake(argv:list[str], preset, profile, cores, dry_run) -> int:
 
         from raptor.pipeline.executor import register_executor
     except ImportError as e:
-        raise RaptorError("a study is run by Snakemake 9, which is not installed here (it needs Python 3.11 or later); "
-                          "`raptor run` executes single notebooks without it.") from e
+        raise RaptorError("a study is run by Snakemake 9, which is not installed; install it in Python 3.11 or later, "
+                          "or execute single notebooks by `raptor run`.") from e
     if profile: argv += ["--profile", profile_path(profile)]
     elif not dry_run: argv += ["--executor", register_executor()]
     if cores or not profile: argv += ["--cores", str(cores or usable_cores())]

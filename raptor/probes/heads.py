@@ -29,7 +29,7 @@ def split_tokens(tokens:torch.Tensor, # (B, N, D) after the final norm: cls, reg
 ) -> tuple: # cls (B, D), patches (B, N - num_prefix, D)
     "Separate cls token and patches, without the registers; raise `RaptorError` if the shape does not fit."
     if tokens.ndim != 3 or tokens.shape[2] != dim:
-        raise RaptorError(f"the head reads tokens (B, N, {dim}) and got {tuple(tokens.shape)}; build it with this dim.")
+        raise RaptorError(f"the head reads tokens (B, N, {dim}) and got {tuple(tokens.shape)}; build it for these.")
     patches = tokens[:, num_prefix:]
     if patches.shape[1] == 0 or num_patches not in (None, patches.shape[1]):
         raise RaptorError(f"the head expects {num_patches or 'some'} patches after {num_prefix} prefix tokens and got "

@@ -206,7 +206,7 @@ class R2Meter(Meter):
     ) -> "R2Meter":
         for states in (prediction, target): self.check(states, target.shape)
         if target.ndim != 4 or not target.numel():
-            raise RaptorError(f"R2 needs trajectories (B, T, N, D) and got {tuple(target.shape)}.")
+            raise RaptorError(f"R2 got {tuple(target.shape)}; give trajectories (B, T, N, D) that are not empty.")
         b, t, n, d = target.shape
         # One layer at a time: double precision of a whole trajectory would quadruple the memory of the batch.
         sums = zip(*(_layer_sums(*states) for states in zip(prediction.unbind(1), target.unbind(1))))
@@ -256,5 +256,5 @@ def r2_score(prediction:torch.Tensor, # (..., D)
     "Variance-weighted R2 over the last dimension; all other dimensions are samples."
     pair = [torch.as_tensor(x) for x in (prediction, target)]
     if pair[1].ndim < 2 or pair[0].shape != pair[1].shape:
-        raise RaptorError(f"R2 needs two arrays (..., D) with samples before D; got {[tuple(x.shape) for x in pair]}.")
+        raise RaptorError(f"R2 got {[tuple(x.shape) for x in pair]}; give two equal shapes (..., D), samples before D.")
     return R2Meter().update(*(x.reshape(-1, 1, 1, x.shape[-1]) for x in pair)).compute()

@@ -218,7 +218,7 @@ def save_head(head:nn.Module, # one of the three heads
     settings:dict|None=None, # that it was made with
 ):
     "Write the weights of a head, atomically."
-    save_tensors(path, head.state_dict(), {}, settings=json.dumps(settings or {}))
+    save_tensors(path, head.state_dict(), {"settings": settings or {}})
 
 def load_head(model, # the model that the head reads: dim, num_prefix, grid
     task:str, # classification | segmentation | depth
@@ -227,13 +227,14 @@ def load_head(model, # the model that the head reads: dim, num_prefix, grid
     "Load a head; raise `RaptorError` if the file is damaged or the head was made for another width."
     cure = "run the step that makes it again"
     with open_tensors(path, cure) as f:
-        about, note, state = f.metadata() or {}, note_of(f), {k: f.get_tensor(k) for k in f.keys()}
+        note, state = note_of(f), {k: f.get_tensor(k) for k in f.keys()}
+        earlier = (f.metadata() or {}).get("settings", "null") # of versions without a note
     try:
         if why := find_fault(state, note): raise ValueError(why)
-        settings = json.loads(about["settings"])
+        settings = note.get("settings", json.loads(earlier))
         outputs = len(state["linear.weight"])
         if not isinstance(settings, dict): raise ValueError(f"its settings are {str(settings)[:40]!r}")
-        if (bins := settings.get("bins", outputs)) != outputs: raise ValueError(f"{bins} bins, but {outputs} rows")
+        if (bins := settings.get("bins", outputs)) != outputs: raise ValueError(f"{bins} bins, but {outputs} outputs")
         head = probe_task(task).make_head(model, outputs, **settings)
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise RaptorError(f"the head {path} is damaged ({' '.join(str(e).split())[:120]}); {cure}.") from e

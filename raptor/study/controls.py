@@ -73,7 +73,8 @@ def control_k(preset:Preset, # the study
     "The number of blocks of the ablation, the partitions and the figures that show a single Raptor."
     k = preset.controls.k if preset.controls.k is not None else 3 if 3 in ends else max(ends)
     if k in ends: return k
-    raise RaptorError(f"preset {preset.name}: controls: k is {k}, but there are Raptors only for k = {sorted(ends)}.")
+    raise RaptorError(f"preset {preset.name}: controls: k is {k}, but there are Raptors only for k = {sorted(ends)}; "
+                      "choose one.")
 
 def _seed(preset, replica:int) -> int: # shared by all controls of a replica, which differ only in what they test
     return preset.seeds.get("control", 2000) + replica
@@ -86,8 +87,8 @@ ABLATION = {
 def _ablation_runs(preset, ends) -> list[Run]: # two per replica, for the rows that the study does not train anyway
     "Stage 1 without parts of the recipe, and stage 1 for longer."
     phases, plain = Phases(ends[control_k(preset, ends)]), {"loss": preset.stage1.get("loss", "mse")}
-    less = {"tf": {"stage1": {**plain, "forcing": "teacher"}, "block": {"depth_scaling": False}},
-            "ar": {"stage1": plain, "block": {"depth_scaling": False}}, "depth": {"stage1": plain}}
+    less = {"tf": {"stage1": {**plain, "forcing": "teacher"}, "block": {"conditioning": ()}},
+            "ar": {"stage1": plain, "block": {"conditioning": ()}}, "depth": {"stage1": plain}}
     steps = (stage.get("steps", FIT_DEFAULTS["steps"]) for stage in (preset.stage1, preset.stage2))
     more = {"long": {"stage1": {"steps": sum(steps)}}}
     seeds, runs = {r.name: r.params["seed"] for r in block_runs(preset, ends)}, []

@@ -223,7 +223,8 @@ def curves(frame:pd.DataFrame, # of `measure_models`, with columns layer, value
     some = frame[frame["model"] == model]
     for column, value in where.items(): some = some[some[column] == value]
     if not some.empty: return some.pivot(index="group", columns="layer", values="value").to_numpy()
-    raise RaptorError(f"there are no rows of {model} with {where}; known models: {', '.join(frame['model'].unique())}.")
+    raise RaptorError(f"there are no rows of {model} with {where}; choose one of {', '.join(frame['model'].unique())}, "
+                      "or other values of these columns.")
 
 def run_seconds(study:Study, # the study
     pattern:str, # glob of executed notebooks, e.g. blocks/*/train_block.ipynb

@@ -217,7 +217,7 @@ def _check_probes(preset):
     for task, probe in probes.items():
         where, least, most = f"probes: {task}", probe.head.get("min_depth", 0.001), probe.head.get("max_depth", 10.0)
         if probe.head and task != "depth":
-            raise ValueError(f"{where}: head: unknown key {min(probe.head)!r}; only depth has settings.")
+            raise ValueError(f"{where}: head: unknown key {min(probe.head)!r}; leave it out.")
         if least >= most: raise ValueError(f"{where}: head: min_depth is {least}, max_depth {most}; raise max_depth.")
         if not probe.official_head: continue
         if task != "classification": raise ValueError(f"{where}: official_head is for classification; leave it out.")
@@ -233,7 +233,7 @@ def _check_controls(preset):
         raise ValueError(f"controls: drop_paths is {spec.drop_paths}; name each rate once.")
     settings = trainings(preset)
     if (size := settings["controls: train"]["batch_size"]) > spec.train_images and spec != ControlSpec():
-        raise ValueError(f"controls: a batch of {size} cannot be drawn from {spec.train_images} train_images.")
+        raise ValueError(f"controls: a batch of {size} exceeds the {spec.train_images} train_images; raise these.")
     steps = settings.get("controls: teacher", {}).get("steps", 0)
     if steps and (late := [s for s in spec.snapshots if s > steps]):
         raise ValueError(f"controls: snapshots: step {late[0]} is never reached in {steps} steps; name earlier ones.")

@@ -71,8 +71,8 @@ def _check_size(events):
         if isinstance(event, yaml.AliasEvent): size = sizes.get(anchor, YAML_NODES) # an open one would hold itself
         elif anchor and not isinstance(event, yaml.CollectionStartEvent): sizes[anchor] = size
         if isinstance(event, yaml.NodeEvent | yaml.CollectionEndEvent): inside[-1][1] += size
-        if len(inside) > YAML_DEPTH: raise ValueError(f"it is nested deeper than {YAML_DEPTH} levels")
-        if inside[-1][1] >= YAML_NODES: raise ValueError(f"it stands for {YAML_NODES:,} values or more")
+        if len(inside) > YAML_DEPTH: raise ValueError(f"it is nested deeper than {YAML_DEPTH} levels, the most allowed")
+        if inside[-1][1] >= YAML_NODES: raise ValueError(f"it stands for {YAML_NODES:,} values or more, too many")
 
 # %% ../../nbs/api/study/00_settings.ipynb #5f0c31d8
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -212,7 +212,7 @@ class BlockSpec(Spec):
     mlp:Literal["swiglu", "gelu"] = "swiglu"
     hidden:Annotated[int, Field(ge=1, le=10**6)]|None = None # width of the MLP; null for 4 D
     layer_scale:Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1e-5 # initial value of LayerScale
-    depth_scaling:bool = True # whether the block is conditioned on its depth
+    conditioning:list[Literal["scaling"]] = ["scaling"] # what depends on the depth; [] for the same map everywhere
 
 class ActivationSpec(Spec):
     "How trajectories are provided."
@@ -260,7 +260,7 @@ def one_sentence(error:ValidationError, # what pydantic found
         except (KeyError, TypeError): continue # a missing key, or pydantic's name for a member of a union
         where += f"[{step}]" if isinstance(values, list) else f": {step}"
         values, path = inner, [*path, step]
-    if what == "missing": return f"{where}: missing key {loc[-1]!r}."
+    if what == "missing": return f"{where}: missing key {loc[-1]!r}; add it."
     if what == "value_error": return f"{where}: {first['ctx']['error']}"
     if what in ("model_type", "dict_type"): return f"{where} must hold keys and values, not {value!r:.80}."
     if what not in ("extra_forbidden", "literal_error"):

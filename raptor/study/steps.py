@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['TRAINED_IN', 'ITEM_READS', 'SECTIONS', 'ITEM_SECTIONS', 'NO_MATTER', 'WRITTEN', 'RESULTS', 'NOTE',
            'notebook_defaults', 'run_folder', 'copy_of', 'Step', 'step', 'step_of', 'first_steps', 'later_steps',
-           'spec_of', 'written', 'source_of', 'seal', 'damage', 'is_finished', 'other_code']
+           'tensors_digest', 'spec_of', 'written', 'source_of', 'seal', 'damage', 'is_finished', 'other_code']
 
 # %% ../../nbs/api/study/07_steps.ipynb #54f98847
 import ast
+import hashlib
+import json
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -151,7 +153,19 @@ def _digest(path) -> str: # "" where there is no such file
     return _digest_of(path, info.st_mtime_ns, info.st_size)
 
 @lru_cache(maxsize=None)
-def _digest_of(path, time, size) -> str: return file_digest(path) if Path(path).is_file() else ""
+def _digest_of(path, time, size) -> str:
+    if not Path(path).is_file(): return ""
+    return tensors_digest(path) if Path(path).suffix == ".safetensors" else file_digest(path)
+
+def tensors_digest(path:str|Path, # a safetensors file, perhaps damaged
+) -> str: # 16 hexadecimal digits
+    "A digest of tensors and header, whatever the order of the header's keys, which safetensors leaves to chance."
+    with open(path, "rb") as f:
+        try: header = json.loads(f.read(min(int.from_bytes(f.read(8), "little"), 1 << 27)))
+        except (ValueError, RecursionError): return file_digest(path)
+        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        while piece := f.read(1 << 20): digest.update(piece)
+    return digest.hexdigest()[:16]
 
 def spec_of(study:Study, # the study
     step:Step, # one of its steps

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import RaptorError, atomic_path, home_root, mixed_precision, run_record
+from ..core import RaptorError, atomic_path, check_name, home_root, mixed_precision, run_record
 from ..data.load import DATASETS, load_dataset
 from ..phases import read_phases
 from .controls import all_runs, control_runs
@@ -167,8 +167,10 @@ def _pair(size): return tuple(size) if isinstance(size, list) else size
 def normalisation(self:Study, model:str="teacher", # teacher, a Raptor, or an extra model of the preset
 ) -> dict: # mean and std, three numbers each
     "How images are normalised for a model: as it was trained, or else as the study's data are."
-    spec, own = self._spec(model), DATASETS[self.preset.data.name.partition(":")[0]]
-    if spec.train is not None: return {"mean": own.mean, "std": own.std, **spec.normalisation}
+    spec, kind = self._spec(model), self.preset.data.name.partition(":")[0]
+    if spec.train is not None:
+        own = DATASETS[check_name(kind, DATASETS, "dataset (or folder:PATH)")]
+        return {"mean": own.mean, "std": own.std, **spec.normalisation}
     if spec.normalisation: return spec.normalisation
     from raptor.teacher.backbone import timm
     known_by_name = not spec.weights and ":" not in spec.name # a file may say it, and a hub's is known by its model

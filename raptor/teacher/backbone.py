@@ -167,7 +167,8 @@ class Backbone(FrozenViT):
         "Yield one state after another, so that the caller need not hold all of them."
         end = self.depth if end is None else end
         if not 0 <= start <= end <= self.depth:
-            raise RaptorError(f"layers {start} to {end} are not in 0..{self.depth} of {self.name}.")
+            raise RaptorError(f"{self.name} cannot go from state {start} to state {end}; "
+                              f"give 0 <= start <= end <= {self.depth}.")
         state, layers = state.contiguous(), range(start, end) # a slice of a trajectory may otherwise round differently
         for i, extra in zip(layers, _rotary(self.model, layers) if layers else ()):
             state = self.model.blocks[i](state, **extra)

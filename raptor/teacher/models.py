@@ -119,7 +119,8 @@ def _create(name, pretrained, settings):
     try:
         with _quiet_hub(): return timm.create_model(name, pretrained=pretrained, **settings)
     except (TypeError, AssertionError, ValueError) as e:
-        raise RaptorError(f"timm cannot create {name} with {settings}: {' '.join(str(e).split())[:200]}.") from e
+        why = " ".join(str(e).split())[:200].rstrip(".") or type(e).__name__ # some of timm's assertions have no text
+        raise RaptorError(f"timm cannot create {name} with {settings} ({why}); change these settings.") from e
     except Exception as e:
         what, cure = (f"the pretrained weights of {name}", "pass weights=PATH, or pretrained=False for random weights")
         if ":" in name: what, cure = f"the model {name}", "check its name and the connection"

@@ -47,7 +47,6 @@ NOTE = "raptor" # the key of the note: safetensors does not preserve the order o
 def save_tensors(path:str|Path, # destination, ending in .safetensors
     tensors:dict, # {name: Tensor}, on any device
     note:dict, # JSON-serialisable
-    **more:str, # further metadata
 ) -> Path: # the destination
     "Write tensors with a note and their digest, atomically; `RaptorError` if one of them is not finite."
     if name := first_not_finite(tensors):
@@ -59,7 +58,7 @@ def save_tensors(path:str|Path, # destination, ending in .safetensors
         apart[name] = value.clone() if place in seen else value
         seen.add(place)
     note = {**note, "digest": tensors_digest(apart)}
-    with atomic_path(path) as t: save_file(apart, t, {NOTE: json.dumps(note), **more})
+    with atomic_path(path) as t: save_file(apart, t, {NOTE: json.dumps(note)})
     return Path(path)
 
 @contextmanager

@@ -85,7 +85,7 @@ def _read_pth(path):
     with safe_globals(_options_of(path)): state = torch.load(path, map_location="cpu", weights_only=True)
     for _ in range(8): # a wrapper may hold a wrapper; a dictionary may also hold itself
         if not isinstance(state, dict):
-            raise RaptorError(f"it holds a {type(state).__name__}, not named tensors; save a state dict.")
+            raise RaptorError(f"it holds a {type(state).__name__}, not named tensors; save the model's state dict.")
         state = next((state[k] for k in _wrappers if isinstance(state.get(k), dict)), state)
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
     odd = {k for k, v in tensors.items() if v.is_quantized or v.layout != torch.strided}
@@ -129,7 +129,7 @@ def error_clause(error:Exception, # raised while a file was read
     if "weights_only" in text.lower() or "Unsupported" in text: return "it asks for code to be run, which is never done"
     damaged = "central directory" in text or "PytorchStreamReader" in text
     if damaged or isinstance(error, SafetensorError): return "the archive is truncated or damaged"
-    return f"{type(error).__name__}: {text[:160].rstrip('.')}"
+    return ": ".join(filter(None, (type(error).__name__, text[:160].rstrip("."))))
 
 # %% ../../nbs/api/teacher/00_weights.ipynb #e2228b71
 def load_linear_head(path:str|Path, # e.g. dinov2_vitb14_reg4_linear_head.pth
@@ -139,7 +139,7 @@ def load_linear_head(path:str|Path, # e.g. dinov2_vitb14_reg4_linear_head.pth
     shapes = {k: tuple(v.shape) for k, v in tensors.items()}
     if shapes.keys() != {"weight", "bias"} or len(shapes["weight"]) != 2 or shapes["bias"] != shapes["weight"][:1]:
         raise RaptorError(f"{path} is not a linear head: it must hold weight (classes, features) and bias (classes,) "
-                          f"and holds {', '.join(f'{k} {v}' for k, v in sorted(shapes.items())[:4])}.")
+                          f"and holds {', '.join(f'{k} {v}' for k, v in sorted(shapes.items())[:4])}; name another.")
     if not all(v.is_floating_point() and v.isfinite().all() for v in tensors.values()):
         raise RaptorError(f"{path} holds a linear head whose numbers are not all finite; copy it again.")
     return tensors["weight"].float(), tensors["bias"].float()

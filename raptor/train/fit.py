@@ -218,8 +218,8 @@ def fit(objective:nn.Module, # forward(batch, step) -> dict of scalars with "los
             bar.update()
             bar.set_postfix(run.history[-1] if run.history else {}, refresh=False)
         if run.done < steps and not (stopped := stopped or asked.is_set()):
-            raise RaptorError(f"{title}: the data ended at step {run.done} of {steps}; is the dataset smaller than one "
-                              f"batch of {config.batch_size}?")
+            raise RaptorError(f"{title}: the data ended at step {run.done} of {steps}; give a batch for each step, and "
+                              f"a batch_size below {config.batch_size} if there are fewer images.")
         if evaluate and not stopped and not any("evaluated" in row for row in run.history):
             run.score(evaluate, evaluated=True)
         run.save()

@@ -42,15 +42,15 @@ class SpanObjective(nn.Module):
         self.model, self.start, self.config = model, start, config
         self.loss = StateLoss(config.loss, tuple(config.token_weights), num_prefix, has_cls)
 
-    def forward(self, states:Tensor, # (B, n+1, N, D) true states start..start+n
+    def forward(self, states:Tensor, # (B, n+1, N, D) true states: `start` and the n that the model stops at next
         step:int, # 0-based; determines lambda and the noise
     ) -> dict[str, Tensor]: # scalars: loss, lambda, and those of tf and ar that were computed
         "The losses of a batch at a step."
         weight, noise = self.weight(step), self.noise(states, step) if self.config.noise else None
-        tf = ar = None
+        path, tf, ar = self.model.path(self.start, count=states.shape[1] - 1), None, None
         if weight > 0: tf = self.model.predict_next(states if noise is None else states + noise, self.start)
-        if weight == 0: ar = self.rollout(states[:, 0], 0, states.shape[1] - 1, noise)[:, 1:]
-        elif weight < 1: ar = self.rollout(tf[:, 0], 1, states.shape[1] - 1, noise) # both begin with the same step
+        if weight == 0: ar = self.rollout(states[:, 0], 0, path, noise)[:, 1:]
+        elif weight < 1: ar = self.rollout(tf[:, 0], 1, path, noise) # both begin with the same step
         out = {name: self.loss(p, states[:, 1:]) for name, p in (("tf", tf), ("ar", ar)) if p is not None}
         out["loss"] = weight * out.get("tf", 0) + (1 - weight) * out.get("ar", 0)
         return {**out, "lambda": torch.tensor(weight, device=states.device)}
@@ -59,11 +59,11 @@ class SpanObjective(nn.Module):
         "Lambda at a step."
         return teacher_weight(step, self.config.steps, self.config.anneal, self.config.forcing)
 
-    def rollout(self, state:Tensor, first:int, last:int, noise:Tensor|None) -> Tensor:
-        "States start+first..start+last from the first of them, with noise on the input of every step."
+    def rollout(self, state:Tensor, first:int, path:list, noise:Tensor|None) -> Tensor:
+        "The states that a path leads to from its step number `first` on, with noise on the input of every step."
         states = [state]
-        for i in range(first, last):
-            state = self.model.step(state if noise is None else state + noise[:, i], self.start + i + 1)
+        for i, (a, b) in enumerate(path[first:], first):
+            state = self.model.step(state if noise is None else state + noise[:, i], b, b - a)
             states.append(state)
         return torch.stack(states, dim=1)
 
@@ -78,14 +78,14 @@ class SpanObjective(nn.Module):
 # %% ../../nbs/api/train/02_stages.ipynb #7015b129
 def train_span(source, # trajectory source, live or cached
     model:nn.Module, # RecurrentBlock (stage 1) or Raptor (stage 2); trained in place, in evaluation mode afterwards
-    span:tuple[int, int], # (start, end]: states start..end are read
+    span:tuple[int, int], # (start, end]: of the states start..end those are read that the model stops at
     config:TrainConfig, # loss and optimiser
     folder:str|Path|None=None, # for the checkpoint; None for no checkpoint
     *,
     evaluate=None, # evaluate(step) -> dict of numbers
     device=None, # of the batches; None: the accelerator's device
 ) -> pd.DataFrame: # step, lr, loss, tf, ar, evaluations
-    "Train `model` to reproduce the states of `span`."
+    "Train `model` to reproduce the states of `span` that it stops at."
     start, end = span
     if not 0 <= start < end <= source.depth:
         raise RaptorError(f"span {span} does not lie in 0..{source.depth}; give (start, end) with 0 <= start < end.")
@@ -93,10 +93,12 @@ def train_span(source, # trajectory source, live or cached
     has_cls = getattr(source, "has_cls", source.num_prefix > 0)
     objective = SpanObjective(model, start, config, source.num_prefix, has_cls)
     device = device or make_accelerator(config.precision).device
+    wanted = (start, *(b for _, b in model.path(start, end)))
+    reads = {"start": start, "end": end} if len(wanted) == end - start + 1 else {"states": wanted}
     def batches(first_step, rank, world):
-        return source.batches(config.batch_size, start=start, end=end, seed=config.seed, first_step=first_step,
+        return source.batches(config.batch_size, **reads, seed=config.seed, first_step=first_step,
                               steps=config.steps, rank=rank, world=world, device=device)
-    made_for = [source.fingerprint, list(span), getattr(model, "config", None)]
+    made_for = [source.fingerprint, wanted, getattr(model, "config", None)]
     title = f"states {start}-{end}"
     history = fit(objective, batches, config, folder, made_for=made_for, evaluate=evaluate, title=title)
     for block in _blocks(model): block.trained_on = source.fingerprint

@@ -243,17 +243,19 @@ class CachedTrajectories(TrajectorySource):
         count = self.spec.chunk_images
         return np.concatenate([np.fromfile(self.path/n, self.spec.targets, count) for n, *_ in files])[:self.num_images]
 
-    def _batches(self, plan, start, end, device, dtype, labels):
+    def _batches(self, plan, states, device, dtype, labels):
         device, stored = torch.device(device or "cpu"), CACHE_TYPES[self.spec.dtype]
         pin = device.type == "cuda"
-        shape, made = (end - start + 1, self.num_tokens, self.dim), stored if pin else dtype # a GPU casts faster
-        files = _Files(self, range(start - self.layers[0], end - self.layers[0] + 1))
+        read = states if self.spec.chunk_states == 1 else range(states[0], states[-1] + 1) # a file's are read in a row
+        wanted = slice(None) if len(read) == len(states) else [s - states[0] for s in states]
+        shape, made = (len(read), self.num_tokens, self.dim), stored if pin else dtype # a GPU casts faster
+        files = _Files(self, [s - self.layers[0] for s in read])
         targets, waiting = torch.from_numpy(self.targets()) if labels else None, deque()
         def finish():
             future, images, _ = waiting.popleft()
-            states = future.result().to(device, non_blocking=True).to(dtype)
+            batch = future.result().to(device, non_blocking=True).to(dtype)[:, wanted]
             files.close(below=waiting[0][2] if waiting else -1)
-            return states if targets is None else (states, targets[images].to(device))
+            return batch if targets is None else (batch, targets[images].to(device))
         workers = ThreadPoolExecutor(self.readers)
         try:
             for images, rows, pool in _rows(self, plan, files):

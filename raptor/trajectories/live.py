@@ -11,7 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -67,18 +67,24 @@ class LiveTrajectories(TrajectorySource):
     def compute(self, images:Tensor, # (b, 3, H, W), on any device
         start:int=0, # first state
         end:int|None=None, # last state; None: depth
-    ) -> Tensor: # (b, end - start + 1, N, D), on the backbone's device
+        states=None, # ascending numbers of the states to keep; None: start..end
+    ) -> Tensor: # (b, end - start + 1, N, D), or (b, len(states), N, D), on the backbone's device
         "The teacher's states of `images`."
         cast = torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
-        with cast: return self.backbone.trajectory(images.to(self.device, non_blocking=True), start, end)
+        images, model = images.to(self.device, non_blocking=True), self.backbone
+        with cast:
+            if states is None: return model.trajectory(images, start, end)
+            kept = [model.advance(model.embed(images), 0, states[0])]
+            for a, b in pairwise(states): kept.append(model.advance(kept[-1], a, b))
+            return torch.stack(kept, 1)
 
-    def _batches(self, plan, start, end, device, dtype, labels):
+    def _batches(self, plan, states, device, dtype, labels):
         images = image_batches(self.dataset, plan, workers=self.workers, pin=self.device.type == "cuda")
         used = ({k: batch[k] for k in ("image", "target")[:1 + labels]} for batch in images)
         for batch in prefetch(used, self.device):
-            states = self.compute(batch["image"], start, end).to(device=device, dtype=dtype)
-            if labels: yield states, tree_map_only(Tensor, lambda t: t.to(states.device), batch["target"])
-            else: yield states
+            computed = self.compute(batch["image"], states=states).to(device=device, dtype=dtype)
+            if labels: yield computed, tree_map_only(Tensor, lambda t: t.to(computed.device), batch["target"])
+            else: yield computed
 
 # %% ../../nbs/api/trajectories/03_live.ipynb #4e2e22cc
 def begin_cache(path:Path, # the folder
@@ -132,8 +138,9 @@ def _make_spec(live, layers, dtype, chunk_images, chunk_states, owner):
     check_name(dtype, CACHE_TYPES, "dtype")
     first, last = layers or live.layers
     if not 0 <= first <= last <= live.depth:
-        raise RaptorError(f"states {first}..{last} cannot be cached: {live.backbone.name} has 0..{live.depth}.")
-    if len(live) == 0: raise RaptorError("there are no images to cache: the dataset is empty.")
+        raise RaptorError(f"states {first}..{last} cannot be cached; choose them from 0..{live.depth} of "
+                          f"{live.backbone.name}.")
+    if len(live) == 0: raise RaptorError("the dataset holds no images to cache; give one that is not empty.")
     state_bytes = live.num_tokens * live.dim * 2
     images, states = chunk_shape(len(live), last - first + 1, state_bytes, chunk_images, chunk_states)
     target = live.dataset[0]["target"]

@@ -51,7 +51,8 @@ class BatchPlan:
         size, n = self.batch_size, self.num_images
         if size < 1: raise RaptorError(f"batch_size is {size} and must be at least 1.")
         if not 0 <= self.rank < self.world <= size:
-            raise RaptorError(f"rank {self.rank} of {self.world} cannot share a batch of {size}; raise batch_size.")
+            raise RaptorError(f"rank {self.rank} of {self.world} cannot share a batch of {size}; "
+                              "give 0 <= rank < world <= batch_size.")
         if self.seed is not None and n < size:
             raise RaptorError(f"a batch of {size} cannot be drawn from {n} images; lower batch_size.")
 
@@ -151,7 +152,7 @@ class TrajectorySource:
     augmented: bool = False # whether the images are augmented, so that the states are not those of the images
 
     def __len__(self) -> int: return self.num_images
-    def _batches(self, plan, start, end, device, dtype, labels): raise NotImplementedError
+    def _batches(self, plan, states, device, dtype, labels): raise NotImplementedError
 
     def order(self, seed:int|None, # None: as stored
         epoch:int, # counted from 0
@@ -162,6 +163,7 @@ class TrajectorySource:
     def batches(self, batch_size:int, # images of the global batch
         *, start:int=0, # first state
         end:int|None=None, # last state; None: the last available
+        states=None, # ascending numbers of the states to read, e.g. (0, 3, 7, 12); None: start..end
         seed:int|None=None, # None: one ordered pass; an integer: endless shuffled epochs without short batches
         first_step:int=0, # begin with this step of the uninterrupted run; nothing before it is read
         steps:int|None=None, # end before this step
@@ -169,11 +171,13 @@ class TrajectorySource:
         device:torch.device|str|None=None, # of the batch; None: where it is computed
         dtype:torch.dtype=torch.float32, # of the batch
         labels:bool=False, # yield (trajectory, target)
-    ) -> Iterator: # of Tensors (b, end - start + 1, N, D)
-        "Batches of states start..end; the same arguments give the same batches."
+    ) -> Iterator: # of Tensors (b, end - start + 1, N, D), or (b, len(states), N, D)
+        "Batches of states start..end, or of some states; the same arguments give the same batches."
         first, last = self.layers
         end = last if end is None else end
-        if not first <= start <= end <= last:
-            raise RaptorError(f"states {start}..{end} are not available; choose them from {first}..{last}.")
+        what, states = (f"{start}..{end}", range(start, end + 1)) if states is None else (tuple(states), states)
+        states = tuple(states)
+        if not states or list(states) != sorted(set(states)) or not first <= states[0] <= states[-1] <= last:
+            raise RaptorError(f"states {what} are not available; choose them from {first}..{last}, in ascending order.")
         plan = BatchPlan(self.num_images, batch_size, seed, first_step, steps, rank, world)
-        return self._batches(plan, start, end, device, dtype, labels)
+        return self._batches(plan, states, device, dtype, labels)

@@ -5,7 +5,7 @@
 import pytest, torch
 
 from raptor.teacher.backbone import Backbone
-from raptor.model.block import flop_matched_hidden
+from raptor.model.layer import flop_matched_hidden
 from raptor.core import mixed_precision, seed_everything
 from raptor.model.as_backbone import RaptorBackbone
 from raptor.model.raptor import Raptor
