@@ -528,8 +528,10 @@ def test_damage_of_the_same_size_is_named_and_mended(backbone, copy, kept, damag
     bad = copy/"states/c/2/1/0/0"
     damage(bad)
     cached, said = CachedTrajectories(copy), f"chunk {bad} {said}"
+    before = len(os.listdir("/proc/self/fd"))
     for seed in (None, 0):
         with pytest.raises(RaptorError, match=said): list(cached.batches(10, seed=seed, steps=5))
+    assert len(os.listdir("/proc/self/fd")) == before
     assert len(list(cached.batches(10, start=2))) == 5 # other files
     assert [said in f for f in cache_faults(copy)] == [True]
     if bad.is_dir(): bad.rmdir() # a folder is not ours to delete

@@ -113,7 +113,8 @@ class Study:
         if weights == own and not own.exists():
             raise RaptorError(f"{own} does not exist; run the notebook train_teacher first.")
         if spec.pretrained or weights or spec.train is not None:
-            backbone = Backbone.create(spec.name, spec.pretrained, weights, size, **kwargs)
+            kwargs |= {"pretrained": spec.pretrained, "weights": weights, "img_size": size}
+            backbone = Backbone.create(spec.name, **kwargs)
             if spec.train is not None: backbone.mean, backbone.std = self.normalisation().values() # for its training
             return backbone
         with torch.random.fork_rng([]): # the same random weights in every run, at any image size

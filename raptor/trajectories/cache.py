@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from ..core import RaptorError, check_name, read_json
-from .chunks import CHECKSUM_BYTES, check_file, damaged, fault, open_file, read_checksums, warm
+from .chunks import CHECKSUM_BYTES, check_file, damaged, fault, open_files, read_checksums, warm
 from .order import TrajectorySource, permutation
 
 # %% ../../nbs/api/trajectories/02_cache.ipynb #8e3a4767
@@ -134,8 +134,8 @@ class _Files:
     def get(self, pool, chunk): # -> the files of a chunk
         if (pool, chunk) not in self.open:
             files, groups = self.spec.files(chunk), sorted({s // self.spec.chunk_states for s in self.states})
-            opened = [(open_file(path := self.cache.path/files[g][0], self.spec.file_bytes), path) for g in groups]
-            sums = self.cache.checksums[chunk, groups].tolist()
+            paths, sums = [self.cache.path/files[g][0] for g in groups], self.cache.checksums[chunk, groups].tolist()
+            opened = zip(open_files(paths, self.spec.file_bytes), paths)
             self.open[pool, chunk] = [_File(*f, self.workers.submit(self._ready, *f, s)) for f, s in zip(opened, sums)]
         return self.open[pool, chunk]
 
