@@ -33,3 +33,6 @@ raptor.train_raptor(source, model, config)
 study = raptor.Study.open("digits")
 study.folder, study.name, study.home, study.preset, study.runs, study.controls, study.ends, study.known_ends
 study.dataset("train"), study.teacher(), study.source("train"), study.model("k3-r0"), study.record(), study.load_tables("x")
+fewer = raptor.Raptor.from_teacher(teacher, phases, stops=(2, 4), rank=4)
+fewer.stops, fewer.num_steps, fewer.at((1, 2, 4)), fewer.path(0), raptor.RecurrentBlock.from_layers(teacher, (0, 4))
+raptor.materialize(teacher, fewer, stops=None), raptor.early_exit(teacher, torch.zeros(1, 3, 8, 8), lambda before, after: after)

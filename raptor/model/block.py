@@ -8,8 +8,10 @@ __all__ = ['MAX_WIDTH', 'MAX_DEPTH', 'CHANGES', 'check_count', 'BlockConfig', 'R
 
 # %% ../../nbs/api/model/02_block.ipynb #9ad16192
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +95,7 @@ class RecurrentBlock(Recurrence):
     "A transformer block that is applied many times (method, the recurrent block)."
     trained_on:str|None = None # fingerprint of the trajectories that it learned
     span:tuple[int, int]|None = None # (start, end] that it learned alone
+    from_layers:ClassVar[Callable[..., "RecurrentBlock"]] # defined below
     def __init__(self, dim:int, # D, width of a token
         num_heads:int, # attention heads; divides D
         mlp:str="swiglu", # swiglu | gelu | gelu_tanh | quick_gelu
