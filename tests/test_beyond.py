@@ -278,7 +278,7 @@ def test_one_checkpoint_runs_at_every_grid_it_was_made_for():
 
 
 @pytest.mark.parametrize("make, said", [
-    (lambda t: RecurrentBlock.from_layers(t, (2, 2)), "does not lie in"), (lambda t: RecurrentBlock.from_layers(t, (0, 99)), "does not lie in"),
+    (lambda t: RecurrentBlock.from_layers(t, (2, 2)), "is not in 0.."), (lambda t: RecurrentBlock.from_layers(t, (0, 99)), "is not in 0.."),
     (lambda t: RecurrentBlock.from_layers(t, (0, 2), start=3), "start is 3"), (lambda t: RecurrentBlock.from_layers(t, (0, 2), start="avg"), "start is 'avg'"),
     (lambda t: Raptor.from_teacher(t, Phases((2, 5))), "use the phases of this teacher"),
     (lambda t: Raptor.from_teacher(t, Phases((2, t.depth)), rank=0), "rank is '0'")])

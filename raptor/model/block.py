@@ -41,7 +41,7 @@ def _check_steps(steps):
     for step in steps:
         pair = isinstance(step, tuple) and len(step) == 2 and all(type(s) is int for s in step)
         if not pair or not 0 <= step[0] < step[1] <= MAX_DEPTH:
-            raise RaptorError(f"step {step} is no pair (start, end) of states with 0 <= start < end.")
+            raise RaptorError(f"step {step} is no pair of states; give 0 <= start < end <= {MAX_DEPTH}.")
     if len(set(steps)) < len(steps) or len(steps) > 8*MAX_DEPTH:
         raise RaptorError(f"the {len(steps)} steps of a block must differ, and there are at most {8*MAX_DEPTH}.")
 
@@ -234,7 +234,7 @@ def from_layers(cls:RecurrentBlock, backbone, # a `Backbone`: a `VisionTransform
     "A block that starts from a teacher's layers (after arXiv 2410.20672); `RaptorError` if they cannot be copied."
     first, last = span
     if not 0 <= first < last <= backbone.depth:
-        raise RaptorError(f"span {span} does not lie in 0..{backbone.depth} of {backbone.name}.")
+        raise RaptorError(f"span {span} is not in 0..{backbone.depth} of {backbone.name}; give start < end in it.")
     blocks = list(backbone.model.blocks)[first:last]
     shape, layers = layer_shape(blocks, backbone.name), [layer_weights(b) for b in blocks]
     number = {"middle": (first + last + 1) // 2}.get(start, start)

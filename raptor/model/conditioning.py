@@ -97,7 +97,7 @@ class LowRank(Steps):
         for name, r in ranks.items():
             rows, columns = shapes[name]
             if not 1 <= r <= min(rows, columns):
-                raise RaptorError(f"rank {r} of {name} does not lie in 1..{min(rows, columns)}, its smaller side.")
+                raise RaptorError(f"rank {r} of {name} does not lie in 1..{min(rows, columns)}; choose it there.")
             down = torch.randn(len(steps), r, columns) * columns**-0.5
             self.register_parameter(f"{flat(name)}_up", nn.Parameter(torch.zeros(len(steps), rows, r)))
             self.register_parameter(f"{flat(name)}_down", nn.Parameter(down))
