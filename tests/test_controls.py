@@ -53,7 +53,7 @@ def test_the_ablation_has_the_papers_rows_under_the_papers_names():
     rows = {row: what for run in runs for row, what in run.params.get("ablation", {}).items()}
     assert set(rows) == {"tf", "ar", "depth", "long"}, "the other rows are runs of the study"
     assert rows["tf"]["stage1"]["forcing"] == "teacher" and "forcing" not in rows["ar"]["stage1"]
-    assert rows["ar"]["block"] == {"conditioning": ()} and "block" not in rows["depth"]
+    assert rows["ar"]["block"] == {"conditioning": []} and "block" not in rows["depth"]
     assert rows["long"]["stage1"]["steps"] == 300 + 900, "those of both stages"
 
 

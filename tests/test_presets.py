@@ -405,7 +405,8 @@ def test_random_weights_are_named_wherever_results_are_shown(tmp_path):
 
 def test_the_teacher_is_created_as_the_preset_says(tmp_path, monkeypatch):
     created = {}
-    monkeypatch.setattr("raptor.teacher.backbone.Backbone.create", lambda name, **given: created.update(given, name=name))
+    monkeypatch.setattr("raptor.teacher.backbone.Backbone.create", lambda name, pretrained, weights, img_size, **given: created.update(
+        given, name=name, pretrained=pretrained, weights=weights, img_size=img_size))
     def given(v):
         v["teacher"] = {"name": "vit_base_patch16_224.mae", "weights": "mae.pth", "mean": [0, 0.5, 1], "std": [1, 1, 2],
                         "timm": {"qk_norm": True}, "img_size": [32, 48]}

@@ -63,16 +63,16 @@ class SpanChain(nn.Module):
         self.spans, self.phases, self.dim = nn.ModuleList(spans), phases, dim
         self.depth, self.k, self.assignment = phases.depth, phases.k, phases.assignment
 
-    def check_span(self, start:int, end:int|None) -> int:
-        "`end`, or the depth if it is None; `RaptorError` if the two do not span states of the chain."
+    def path(self, start:int, end:int|None=None) -> list: # of pairs (state, next state)
+        "The layers between two states, by default up to the last; `RaptorError` if the chain has no such states."
         end = self.depth if end is None else end
-        if 0 <= start <= end <= self.depth: return end
+        if 0 <= start <= end <= self.depth: return [(l, l + 1) for l in range(start, end)]
         raise RaptorError(f"a chain of {self.depth} layers cannot go from state {start} to state {end}; "
                           f"give 0 <= start <= end <= {self.depth}.")
 
     def advance(self, state:Tensor, start:int=0, end:int|None=None) -> Tensor:
         "State `end` (B, N, D) from state `start`."
-        end = self.check_span(start, end)
+        end = start + len(self.path(start, end))
         for span in self.spans:
             s, e = max(start, span.start), min(end, span.end)
             if s < e: state = span.advance(state, s, e)
@@ -81,7 +81,7 @@ class SpanChain(nn.Module):
     def rollout(self, state:Tensor, start:int=0, end:int|None=None) -> Tensor:
         "States start..end (B, end-start+1, N, D); `RaptorError` from linear spans, which have none in between."
         states = [state]
-        for l in range(start, self.check_span(start, end)): states.append(self.advance(states[-1], l, l+1))
+        for a, b in self.path(start, end): states.append(self.advance(states[-1], a, b))
         return torch.stack(states, 1)
 
     def forward(self, state0:Tensor) -> Tensor: return self.advance(state0)

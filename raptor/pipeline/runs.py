@@ -83,8 +83,12 @@ def reproduce(study:Study, # to run
 
     Jobs are forked from a server that starts like any process of `multiprocessing`: in a script, call this below
     `if __name__ == "__main__":`."""
-    config, preset = study_config(study, only, all_items), study.preset
-    os.environ.update(RAPTOR_HOME=str(study.home), PYTHONSAFEPATH="1") # no file of a study is imported as a module
+    config, safe = study_config(study, only, all_items), {"PYTHONSAFEPATH": "1"} # imports no file of a study
+    with patch.dict(os.environ, RAPTOR_HOME=str(study.home), **safe):
+        return _reproduce(study, config, cores, dry_run, profile)
+
+def _reproduce(study, config, cores, dry_run, profile) -> int:
+    "Check a study, write its configuration, and start Snakemake."
     check_study(study, complete=not dry_run)
     folder = check_writable(study.folder)
     with nullcontext() if dry_run else study_lock(folder), nullcontext() if profile else temporary_folder(folder):
@@ -93,7 +97,8 @@ def reproduce(study:Study, # to run
         with atomic_path(folder/"study.yaml") as t: t.write_text(yaml.safe_dump(config))
         files = {"snakefile": paper_root()/"Snakefile", "directory": folder, "configfile": folder/"study.yaml"}
         argv = [str(word) for option, path in files.items() for word in (f"--{option}", path)]
-        return _snakemake([*argv, *SNAKEMAKE, *(["--dry-run"] if dry_run else [])], preset, profile, cores, dry_run)
+        argv += [*SNAKEMAKE, *(["--dry-run"] if dry_run else [])]
+        return _snakemake(argv, study.preset, profile, cores, dry_run)
 
 def _snakemake(argv:list[str], preset, profile, cores, dry_run) -> int:
     "Call Snakemake in this process; its exit status."

@@ -87,8 +87,8 @@ ABLATION = {
 def _ablation_runs(preset, ends) -> list[Run]: # two per replica, for the rows that the study does not train anyway
     "Stage 1 without parts of the recipe, and stage 1 for longer."
     phases, plain = Phases(ends[control_k(preset, ends)]), {"loss": preset.stage1.get("loss", "mse")}
-    less = {"tf": {"stage1": {**plain, "forcing": "teacher"}, "block": {"conditioning": ()}},
-            "ar": {"stage1": plain, "block": {"conditioning": ()}}, "depth": {"stage1": plain}}
+    less = {"tf": {"stage1": {**plain, "forcing": "teacher"}, "block": {"conditioning": []}},
+            "ar": {"stage1": plain, "block": {"conditioning": []}}, "depth": {"stage1": plain}}
     steps = (stage.get("steps", FIT_DEFAULTS["steps"]) for stage in (preset.stage1, preset.stage2))
     more = {"long": {"stage1": {"steps": sum(steps)}}}
     seeds, runs = {r.name: r.params["seed"] for r in block_runs(preset, ends)}, []
