@@ -63,9 +63,9 @@ class SpanChain(nn.Module):
         self.spans, self.phases, self.dim = nn.ModuleList(spans), phases, dim
         self.depth, self.k, self.assignment = phases.depth, phases.k, phases.assignment
 
-    def path(self, start:int, end:int|None=None) -> list: # of pairs (state, next state)
+    def path(self, start:int, end:int|None=None, count:int|None=None) -> list: # of pairs (state, next state)
         "The layers between two states, by default up to the last; `RaptorError` if the chain has no such states."
-        end = self.depth if end is None else end
+        if end is None: end = self.depth if count is None else start + count
         if 0 <= start <= end <= self.depth: return [(l, l + 1) for l in range(start, end)]
         raise RaptorError(f"a chain of {self.depth} layers cannot go from state {start} to state {end}; "
                           f"give 0 <= start <= end <= {self.depth}.")
