@@ -225,6 +225,19 @@ def test_a_false_setting_is_refused_in_one_sentence(changes, said):
     with pytest.raises(RaptorError, match=said): block_config(values, "config.json")
 
 
+@pytest.mark.parametrize("conditioning", [("vectors", "low_rank"), ("experts", "vectors", "low_rank")])
+def test_vectors_and_low_rank_correct_what_the_experts_leave(conditioning):
+    teacher = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
+    raptor = Raptor.from_teacher(teacher, Phases((2, 6)), conditioning=conditioning, rank=10**4, experts=2, router="hat")
+    with torch.no_grad():
+        true = teacher.trajectory(images_for(teacher))
+        torch.testing.assert_close(raptor.rollout(true[:, 0]), true, atol=2e-5, rtol=1e-4)
+
+
+def test_a_rank_of_an_unknown_matrix_is_refused():
+    with pytest.raises(RaptorError, match="did you mean 'qkv.weight'"): LowRank({"qkv.weight": (24, 8)}, UNIT, {"qkv.weigth": 2})
+
+
 def test_a_rank_above_the_matrix_is_refused():
     with pytest.raises(RaptorError, match=r"rank 9 of qkv.weight does not lie in 1..8"):
         LowRank({"qkv.weight": (24, 8)}, UNIT, {"qkv.weight": 9})

@@ -216,6 +216,7 @@ def _fill(block, layers, first):
         for step, row in {s: r for c in block.changes.values() for s, r in c.rows.items()}.items():
             target, weights = average(layers[step.start - first:step.end - first]), block.own_weights()
             for name, change in block.changes.items():
+                if name == "experts": weights = change(weights, step) # what is left to the others
                 if name == "vectors":
                     for n in change.names: getattr(change, n.replace(".", "_"))[row] = target[n] - weights[n]
                 if name == "low_rank":

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import RaptorError
+from ..core import RaptorError, check_name
 
 # %% ../../nbs/api/model/00_conditioning.ipynb #274e98c6
 SCALING_WIDTH, SCALING_STD = 16, 1e-4 # width of the hidden layer; initial standard deviation of the last layer
@@ -93,6 +93,8 @@ class LowRank(Steps):
         super().__init__(steps)
         ranks = {name: rank[name] if isinstance(rank, dict) else min(rank, *shape)
                  for name, shape in shapes.items() if len(shape) == 2 and (not isinstance(rank, dict) or name in rank)}
+        if isinstance(rank, dict):
+            for name in rank: check_name(name, [n for n, shape in shapes.items() if len(shape) == 2], "matrix")
         self.names = list(ranks)
         for name, r in ranks.items():
             rows, columns = shapes[name]

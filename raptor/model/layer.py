@@ -91,12 +91,12 @@ def layer_weights(block, # a layer of a timm model
     if isinstance(attn.q_norm, torch.nn.LayerNorm): parts |= {"q_norm": attn.q_norm, "k_norm": attn.k_norm}
     weights = {}
     for name, part in parts.items():
-        weight = part.weight.detach()
-        bias = torch.zeros(len(weight)) if part.bias is None else part.bias.detach()
-        weights |= {f"{name}.weight": weight.float(), f"{name}.bias": bias.float()}
+        weight = part.weight.detach().float().cpu()
+        bias = torch.zeros(len(weight)) if part.bias is None else part.bias.detach().float().cpu()
+        weights |= {f"{name}.weight": weight, f"{name}.bias": bias}
     ones = torch.ones_like(weights["norm1.weight"])
     for i, scale in enumerate((block.ls1, block.ls2), 1):
-        weights[f"gamma{i}"] = scale.gamma.detach().float() if hasattr(scale, "gamma") else ones
+        weights[f"gamma{i}"] = scale.gamma.detach().float().cpu() if hasattr(scale, "gamma") else ones
     return weights
 
 def average(layers, # weights of consecutive layers
