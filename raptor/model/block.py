@@ -227,7 +227,7 @@ def _fill(block, layers, first):
 @patch(cls_method=True)
 def from_layers(cls:RecurrentBlock, backbone, # a `Backbone`: a `VisionTransformer` of timm
     span:tuple[int, int], # (start, end]: the block stands for the layers start+1..end
-    start:str|int="mean", # what the steps share: "mean" of the layers, the "middle" one, or a layer's number
+    start:str|int="mean", # what the steps share: "mean" of the layers, the "middle" one, a layer's number, or "zero"
     conditioning=("vectors", "low_rank"), # of vectors, low_rank, experts, scaling
     steps=None, # pairs (start, end) that it may take; None: one for each layer
     **more, # further fields of `BlockConfig`: rank, experts, router
@@ -239,12 +239,16 @@ def from_layers(cls:RecurrentBlock, backbone, # a `Backbone`: a `VisionTransform
     blocks = list(backbone.model.blocks)[first:last]
     shape, layers = layer_shape(blocks, backbone.name), [layer_weights(b) for b in blocks]
     number = {"middle": (first + last + 1) // 2}.get(start, start)
-    if start != "mean" and not (isinstance(number, int) and first < number <= last):
-        raise RaptorError(f"start is {start!r}; it must be mean, middle, or a layer in {first + 1}..{last}.")
+    if start not in ("mean", "zero") and not (isinstance(number, int) and first < number <= last):
+        raise RaptorError(f"start is {start!r}; it must be mean, middle, zero, or a layer in {first + 1}..{last}.")
     steps = [(t - 1, t) for t in range(first + 1, last + 1)] if steps is None else list(steps)
     block = cls(**shape, conditioning=tuple(conditioning), steps=tuple(map(tuple, steps)), **more)
-    shared = {name: torch.stack([w[name] for w in layers]).mean(0) for name in layers[0]} if start == "mean" else None
-    block.load_state_dict(shared or layers[number - first - 1], strict=False)
+    shared = {name: torch.stack([w[name] for w in layers]).mean(0) for name in layers[0]}
+    if start == "zero": shared = {name: torch.zeros_like(value) for name, value in shared.items()}
+    elif start != "mean": shared = layers[number - first - 1]
+    block.load_state_dict(shared, strict=False)
+    if start == "zero": # nothing is shared: a control
+        for name in block.own: block.get_parameter(name).requires_grad_(False)
     if "experts" in block.changes: block.changes["experts"].start_from(block.own_weights(), layers)
     _fill(block, layers, first)
     return block

@@ -156,6 +156,11 @@ class Experts(Steps):
         "The router's logits for all steps."
         return self.router.logits([self.position(step) for step in self.rows])
 
+    def bank(self, own:dict, # name -> Tensor: the block's own weights, the first expert
+    ) -> Tensor: # (E, number of weights of an expert)
+        "The weights of all experts, flattened."
+        return torch.cat([torch.cat([own[n][None], getattr(self, flat(n))]).flatten(1) for n in self.names], 1)
+
     def forward(self, weights:dict, # name -> Tensor
         step:Step, # any step within the span
     ) -> dict: # name -> Tensor

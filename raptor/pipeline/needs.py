@@ -16,7 +16,8 @@ from ..core import RaptorError, atomic_path, fingerprint, paper_root, read_text
 from ..data.load import data_folder
 from ..study.controls import Run, control_k
 from ..study.presets import Preset, load_preset, preset_names, trainings
-from ..study.settings import DataSpec, TeacherSpec, parse_yaml
+from ..study.settings import parse_yaml
+from ..study.specs import DataSpec, TeacherSpec
 from ..study.study import Study
 from ..study.weights import weights_file, weights_path
 

@@ -254,8 +254,10 @@ def fidelity(raptor, # with .rollout(state, start, end)
     batch_size:int=256, # images of a rollout; the result does not depend on it
     device=None, # where the model is; None: the device of its parameters
 ) -> R2Meter: # .per_layer() for start+1..end, .compute() their mean, .pooled() the paper's definition
-    "R2 of a rollout against the teacher's states, exact over the source."
+    "R2 of a rollout against the teacher's states that it stops at, exact over the source."
     device, end, meter = device or next(raptor.parameters()).device, end or source.depth, R2Meter(given=1)
-    for states in source.batches(batch_size, start=start, end=end, device=device):
+    reads = dict(start=start, end=end)
+    if getattr(raptor, "stops", None): reads = dict(states=[start, *(b for _, b in raptor.path(start, end))])
+    for states in source.batches(batch_size, **reads, device=device):
         meter.update(raptor.rollout(states[:, 0], start, end), states)
     return meter

@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['YAML_BYTES', 'YAML_NODES', 'YAML_DEPTH', 'SCALARS', 'STRICT', 'Count', 'Whole', 'Positive', 'NotNegative', 'Rate',
            'Fraction', 'Seed', 'Layers', 'Few', 'Task', 'Precision', 'SETTINGS', 'FIT_DEFAULTS', 'PROBE_DEFAULTS',
-           'Line', 'Size', 'Rgb', 'DropPath', 'TIMM_OWN', 'parse_yaml', 'CommonSettings', 'FitSettings',
-           'TeacherSettings', 'TrainSettings', 'ProbeSettings', 'Spec', 'DataSpec', 'TeacherSpec', 'BlockSpec',
-           'ActivationSpec', 'HeadSettings', 'ProbeSpec', 'validated', 'one_sentence', 'known', 'make_config']
+           'parse_yaml', 'CommonSettings', 'FitSettings', 'TeacherSettings', 'TrainSettings', 'ProbeSettings',
+           'validated', 'one_sentence', 'known', 'make_config']
 
 # %% ../../nbs/api/study/00_settings.ipynb #44d1e6ba
 import re
 from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from ..core import RaptorError, check_name
@@ -123,6 +122,8 @@ class TrainSettings(FitSettings, total=False):
     forcing:Literal["teacher", "annealed", "free"]
     anneal:Fraction # fraction of the steps over which teacher forcing fades
     noise:NotNegative # standard deviation of Gaussian noise on the input states
+    targets:Literal["all", "last"] # states that are learned
+    expert_weights:Annotated[list[NotNegative], Field(min_length=3, max_length=3)] # of balance, z and diversity
 
 class ProbeSettings(CommonSettings, total=False):
     "Settings of `ProbeConfig`."
@@ -135,107 +136,6 @@ class ProbeSettings(CommonSettings, total=False):
 SETTINGS = {"FitConfig": FitSettings, "TrainConfig": TrainSettings, "ProbeConfig": ProbeSettings} # by class
 FIT_DEFAULTS = {"steps": 312_500, "batch_size": 64, "lr": 3e-4, "min_lr": 1e-6, "warmup": 10_000} # of `FitConfig`
 PROBE_DEFAULTS = {"batch_size": 64, "lr": 1e-3} # of `ProbeConfig`
-
-# %% ../../nbs/api/study/00_settings.ipynb #c0e41791
-def _one_line(text:str) -> str:
-    if text.strip() and not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text): return text
-    raise ValueError(f"{text!r:.80} is not a line of text; give one without control characters.")
-
-def _pixels(size):
-    if all(1 <= n <= 16384 for n in ([size, size] if isinstance(size, int) else size)) and size != []:
-        if isinstance(size, int) or len(size) == 2: return size
-    raise ValueError(f"{size!r:.80} is no resolution; give pixels, or [height, width], of 1 to 16384 each.")
-
-Line = Annotated[str, Field(max_length=1000), AfterValidator(_one_line)]
-Size = Annotated[int | list[int], AfterValidator(_pixels)] | None # pixels of a square, [height, width], or null
-Rgb = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
-DropPath = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-
-class Spec(BaseModel):
-    "A section of a preset: frozen and strict."
-    model_config = STRICT
-
-class DataSpec(Spec):
-    "A dataset, and how much of it is used."
-    name:Line # as `load_dataset` knows it
-    split:Line = "train" # the training split
-    test_split:Line = "test" # the split that results are reported on
-    size:Size = None # resolution; null for that of the model that sees the images, or else the dataset's own
-    limit:Count|None = None # number of training items; null for all
-    test_limit:Count|None = None # number of test items; null for all
-    workers:Few = 0 # processes that decode images
-    on_error:Literal["raise", "skip"] = Field("raise", repr=False) # unreadable images: stop, or skip and count them
-
-class TeacherSpec(Spec):
-    "A frozen backbone; its weights are published, in a file, trained by the notebook `train_teacher`, or random."
-    name:Line # as timm knows it, with or without a tag: vit_base_patch16_224.mae
-    pretrained:bool = False # whether to load the published weights of the name or its tag from timm's hub
-    weights:Line|None = None # a file of weights: a path or an https address
-    train:TeacherSettings|None = None # how it is trained; null for no training
-    random:bool = False # whether random weights are wanted
-    head:Line|None = None # a file of an official linear head: a path or an https address
-    img_size:Size = None # resolution; null for the default of the name
-    mean:Rgb|None = None # of the pixels in 0..1 that the weights were trained on; null for that of the name
-    std:Annotated[list[Positive], Field(min_length=3, max_length=3)]|None = None # likewise; given with mean
-    drop_path:DropPath = 0.0 # stochastic-depth rate during its training
-    timm:dict[str, Any] = {} # further arguments of `timm.create_model`
-
-    @model_validator(mode="after")
-    def _check(self):
-        "The weights come from somewhere, and no argument is given twice."
-        named = self.pretrained or self.weights is not None or self.train is not None
-        if named == self.random:
-            what = "has weights and is random at once" if named else "has no weights"
-            raise ValueError(f"{self.name} {what}; say pretrained: true, weights:, train: or random: true.")
-        if (self.mean is None) != (self.std is None): raise ValueError("mean and std go together; give both or none.")
-        if own := sorted({*TIMM_OWN} & self.timm.keys()):
-            raise ValueError(f"timm: {own[0]} is not for timm's own arguments; {TIMM_OWN[own[0]]}.")
-        return self
-
-    @property
-    def normalisation(self) -> dict: # {} for that of the name, or of the data that it is trained on
-        "The mean and std that the preset gives."
-        return {} if self.mean is None else {"mean": tuple(self.mean), "std": tuple(self.std)}
-
-    @property
-    def arguments(self) -> dict: # of `Backbone.create`, beside name, weights and size
-        "What the model is created with."
-        return self.normalisation | ({"drop_path_rate": self.drop_path} if self.drop_path else {}) | self.timm
-
-# what a preset says elsewhere, and what would load weights past the checks
-TIMM_OWN = {**{k: f"say {k} beside it" for k in ("name", "pretrained", "weights", "img_size", "mean", "std")},
-            "drop_path_rate": "say drop_path beside it", "model_name": "say name beside it",
-            **{k: "say weights beside it" for k in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")}}
-
-class BlockSpec(Spec):
-    "The recurrent block."
-    mlp:Literal["swiglu", "gelu"] = "swiglu"
-    hidden:Annotated[int, Field(ge=1, le=10**6)]|None = None # width of the MLP; null for 4 D
-    layer_scale:Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1e-5 # initial value of LayerScale
-    conditioning:list[Literal["scaling"]] = ["scaling"] # what depends on the depth; [] for the same map everywhere
-
-class ActivationSpec(Spec):
-    "How trajectories are provided."
-    source:Literal["live", "cached"] = "live" # computed during training, or read from a cache
-    dtype:Literal["float16", "bfloat16"] = "float16" # of a cache
-    chunk_images:Count = 256 # images in one chunk of a cache
-    precision:Precision = "no" # of the teacher's forward pass
-
-class HeadSettings(TypedDict, total=False):
-    "Settings of `DepthHead`; the other heads have none."
-    __pydantic_config__ = STRICT
-    bins:Annotated[int, Field(ge=2, le=10**5)]
-    min_depth:NotNegative # metres
-    max_depth:Positive # metres
-
-class ProbeSpec(Spec):
-    "A probing task."
-    data:DataSpec # what the head is trained and evaluated on
-    train:ProbeSettings
-    head:HeadSettings = {} # of depth
-    seed:Seed = 0 # of the first model; model number i has seed + i
-    img_size:Size = None # the backbone's resolution for this task; null for that of the backbone
-    official_head:bool = False # whether to start from the teacher's own linear head
 
 # %% ../../nbs/api/study/00_settings.ipynb #3b425915
 def validated(kind, # a type: a typed dictionary, a pydantic model, ...

@@ -19,7 +19,8 @@ from ..phases import read_phases
 from .controls import all_runs, control_runs
 from .presets import Preset, load_preset, preset_path
 from .results import read_table
-from .settings import Count, DataSpec, TeacherSpec, make_config, validated
+from .settings import Count, make_config, validated
+from .specs import BlockSpec, DataSpec, TeacherSpec
 from .weights import weights_file
 
 # %% ../../nbs/api/study/06_study.ipynb #bd3698da
@@ -143,7 +144,6 @@ class Study:
         backbone = (backbone or self.teacher()).to(make_accelerator().device)
         data, workers = self.dataset(split, **({"limit": limit} if limit else {})), self.preset.data.workers
         return LiveTrajectories(backbone, data, workers=workers, dtype=dtypes.get(mixed_precision(precision)))
-
     def _spec(self, model:str) -> TeacherSpec: return self.preset.extra_models.get(model, self.preset.teacher)
 
     def model(self, name:str="teacher", # teacher, an extra model of the preset, or a Raptor such as k3-r0
@@ -153,13 +153,11 @@ class Study:
         from raptor.model.as_backbone import RaptorBackbone
         from raptor.model.raptor import Raptor
         from raptor.train.fit import make_accelerator
-        device = make_accelerator().device
-        backbone = self.teacher(self._spec(name), img_size).to(device)
+        backbone = self.teacher(self._spec(name), img_size).to(device := make_accelerator().device)
         if name == "teacher" or name in self.preset.extra_models: return backbone
         folder = self.folder/"raptors"/name
         if folder.is_dir(): return RaptorBackbone(backbone, Raptor.from_pretrained(folder).to(device))
         raise RaptorError(f"{folder} does not exist; run the notebook train_raptor for it first.")
-
 def _pair(size): return tuple(size) if isinstance(size, list) else size
 
 # %% ../../nbs/api/study/06_study.ipynb #4e5211e5
@@ -224,15 +222,24 @@ def cache(self:Study): # CachedTrajectories
 
 # %% ../../nbs/api/study/06_study.ipynb #2c5d8570
 @patch
-def new_block(self:Study, backbone, # the teacher: dim and heads
+def new_block(self:Study, backbone, # the teacher: dim and heads, or the layers that the block starts from
     seed:int, # set before the block is built
-    **changes, # settings of the block that differ from the preset's
+    span:tuple[int, int]|None=None, # (start, end] of its phase; None for a block that could serve any
+    spec:BlockSpec|None=None, # None: the preset's
+    steps:tuple=(), # pairs (start, end) that it may take; (): one for each layer of its span
+    **changes, # settings that differ from those of `spec`
 ): # RecurrentBlock
     "A block with the preset's settings and this seed."
     from raptor.core import seed_everything
     from raptor.model.block import RecurrentBlock
+    spec = spec or self.preset.block
+    settings = {"steps": steps or [(t, t + 1) for t in range(*span or (0,))], **spec.arguments, **changes}
     seed_everything(seed)
-    return RecurrentBlock(backbone.dim, backbone.num_heads, **{**self.preset.block.model_dump(), **changes})
+    if spec.start == "scratch":
+        if not set(settings["conditioning"]) - {"scaling"}: settings["steps"] = () # nothing is stored for a step
+        return RecurrentBlock(backbone.dim, backbone.num_heads, **settings)
+    if span: return RecurrentBlock.from_layers(backbone, span, spec.start, **settings)
+    raise RaptorError("a block that starts from the teacher's layers serves one interval of them; use start: scratch.")
 
 @patch
 def stage1_config(self:Study, span:tuple[int, int], # (start, end] of the phase
@@ -275,7 +282,7 @@ def validation(self:Study, model, # RecurrentBlock or Raptor in training
     config, # TrainConfig; eval_every says whether there is any
     images:int=5_000, # of the test split, at most
 ): # evaluate(step) -> dict for `fit`; None where the preset wants none
-    "R2 of the span's last state and the scores of the teacher's own heads behind it."
+    "R2 of the span's last state and of all, and the scores of the teacher's own heads behind it."
     if not config.eval_every: return None
     from raptor.probes.train import evaluate_heads, fidelity
     (start, end), limit = span, min(images, self.preset.data.test_limit or images)
@@ -288,6 +295,6 @@ def validation(self:Study, model, # RecurrentBlock or Raptor in training
     def evaluate(step):
         model.eval() # `fit` returns to training mode
         scores = evaluate_heads(whole, heads, data, workers=workers) if heads else {}
-        r2 = fidelity(model, source, start=start, end=end).per_layer()[-1]
-        return {"r2_end": float(r2), **{f"own_{metric}": value for metric, value in scores.items()}}
+        r2 = fidelity(model, source, start=start, end=end).per_layer()
+        return {"r2_end": float(r2[-1]), "r2_mean": float(r2.mean()), **{f"own_{metric}": value for metric, value in scores.items()}}
     return evaluate

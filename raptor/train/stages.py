@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core import RaptorError, seed_for
+from ..core import RaptorError, check_name, seed_for
 from ..model.block import RecurrentBlock
 from .fit import FitConfig, Trainer, fit, make_accelerator
-from .losses import StateLoss, teacher_weight
+from .losses import StateLoss, expert_loss, teacher_weight
 
 # %% ../../nbs/api/train/03_stages.ipynb #0171eb0c
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class TrainConfig(FitConfig):
     forcing:str = "annealed" # see `teacher_weight`
     anneal:float = 0.25 # fraction of the steps over which teacher forcing is annealed
     noise:float = 0.0 # standard deviation of Gaussian noise on the input of every step; 0 in all published runs
+    targets:str = "all" # states that are learned: all, or only the last one (final-state distillation)
+    expert_weights:tuple = (1e-2, 1e-3, 1e-3) # of the balance, z and diversity of experts, where there are any
 
 # %% ../../nbs/api/train/03_stages.ipynb #7cdddaa4
 class SpanObjective(nn.Module):
@@ -37,23 +39,44 @@ class SpanObjective(nn.Module):
         config:TrainConfig, # loss, forcing, noise, seed
         num_prefix:int=1, # cls + registers
         has_cls:bool=True, # whether token 0 is a cls token
+        grids=(), # of a Raptor: further stops that it learns; one choice of stops is drawn for each step
+        end:int|None=None, # index of the last state; needed with grids
     ):
         super().__init__()
         self.model, self.start, self.config = model, start, config
         self.loss = StateLoss(config.loss, tuple(config.token_weights), num_prefix, has_cls)
+        self.paths = [m.path(start, end) for m in (model, *map(model.at, grids))] if grids else None
+        check_name(config.targets, ("all", "last"), "targets")
 
     def forward(self, states:Tensor, # (B, n+1, N, D) true states: `start` and the n that the model stops at next
         step:int, # 0-based; determines lambda and the noise
     ) -> dict[str, Tensor]: # scalars: loss, lambda, and those of tf and ar that were computed
         "The losses of a batch at a step."
+        path, states = self.draw(states, step)
         weight, noise = self.weight(step), self.noise(states, step) if self.config.noise else None
-        path, tf, ar = self.model.path(self.start, count=states.shape[1] - 1), None, None
-        if weight > 0: tf = self.model.predict_next(states if noise is None else states + noise, self.start)
+        tf, ar, kept = None, None, slice(-1 if self.config.targets == "last" else None, None)
+        if weight > 0: tf = self.model.transitions((states if noise is None else states + noise)[:, :-1], path)
         if weight == 0: ar = self.rollout(states[:, 0], 0, path, noise)[:, 1:]
         elif weight < 1: ar = self.rollout(tf[:, 0], 1, path, noise) # both begin with the same step
-        out = {name: self.loss(p, states[:, 1:]) for name, p in (("tf", tf), ("ar", ar)) if p is not None}
+        pairs = {name: (p[:, kept], states[:, 1:][:, kept]) for name, p in (("tf", tf), ("ar", ar)) if p is not None}
+        out = {name: self.loss(*pair) for name, pair in pairs.items()}
         out["loss"] = weight * out.get("tf", 0) + (1 - weight) * out.get("ar", 0)
+        if mixed := [block for block in _blocks(self.model) if "experts" in block.changes]:
+            out["experts"] = sum(expert_loss(block, self.config.expert_weights) for block in mixed) / len(mixed)
+            out["loss"] = out["loss"] + out["experts"]
         return {**out, "lambda": torch.tensor(weight, device=states.device)}
+
+    def draw(self, states:Tensor, step:int) -> tuple[list, Tensor]:
+        "The path of a step, and its states: with grids, of the one that is drawn from the seed and the step."
+        if not self.paths: return self.model.path(self.start, count=states.shape[1] - 1), states
+        path = self.paths[seed_for("grid", self.config.seed, step) % len(self.paths)]
+        wanted = self.wanted
+        return path, states[:, [wanted.index(s) for s in (self.start, *(b for _, b in path))]]
+
+    @property
+    def wanted(self) -> tuple: # states that it reads, with grids
+        "The states that any of the paths stops at."
+        return tuple(sorted({self.start, *(b for path in self.paths for _, b in path)}))
 
     def weight(self, step:int) -> float:
         "Lambda at a step."
@@ -82,6 +105,7 @@ def train_span(source, # trajectory source, live or cached
     config:TrainConfig, # loss and optimiser
     folder:str|Path|None=None, # for the checkpoint; None for no checkpoint
     *,
+    grids=(), # of a Raptor: further stops that it learns
     evaluate=None, # evaluate(step) -> dict of numbers
     device=None, # of the batches; None: the accelerator's device
 ) -> pd.DataFrame: # step, lr, loss, tf, ar, evaluations
@@ -91,14 +115,14 @@ def train_span(source, # trajectory source, live or cached
         raise RaptorError(f"span {span} does not lie in 0..{source.depth}; give (start, end) with 0 <= start < end.")
     _check_source(model, source)
     has_cls = getattr(source, "has_cls", source.num_prefix > 0)
-    objective = SpanObjective(model, start, config, source.num_prefix, has_cls)
+    objective = SpanObjective(model, start, config, source.num_prefix, has_cls, grids, end)
     device = device or make_accelerator(config.precision).device
-    wanted = (start, *(b for _, b in model.path(start, end)))
+    wanted = objective.wanted if grids else (start, *(b for _, b in model.path(start, end)))
     reads = {"start": start, "end": end} if len(wanted) == end - start + 1 else {"states": wanted}
     def batches(first_step, rank, world):
         return source.batches(config.batch_size, **reads, seed=config.seed, first_step=first_step,
                               steps=config.steps, rank=rank, world=world, device=device)
-    made_for = [source.fingerprint, wanted, getattr(model, "config", None)]
+    made_for = [source.fingerprint, wanted, getattr(model, "config", None), *([grids] if grids else [])]
     title = f"states {start}-{end}"
     history = fit(objective, batches, config, folder, made_for=made_for, evaluate=evaluate, title=title)
     for block in _blocks(model): block.trained_on = source.fingerprint
@@ -122,12 +146,13 @@ def train_raptor(source, # trajectory source, live or cached
     config:TrainConfig, # the paper's stage 2: forcing="free", loss="weighted", token_weights=(0.45, 0.10, 0.45)
     folder:str|Path|None=None, # for the checkpoint
     *,
+    grids=(), # further stops that it learns; afterwards it runs `at` any of them
     evaluate=None, # evaluate(step) -> dict of numbers
 ) -> pd.DataFrame: # step, lr, loss, ar, evaluations
     "Stage 2: train all blocks of `raptor` together on the whole depth."
     if (depth := raptor.phases.depth) != source.depth:
         raise RaptorError(f"a Raptor of depth {depth} cannot learn {source.depth} layers; use its own backbone.")
-    return train_span(source, raptor, (0, source.depth), config, folder, evaluate=evaluate)
+    return train_span(source, raptor, (0, source.depth), config, folder, grids=grids, evaluate=evaluate)
 
 # %% ../../nbs/api/train/03_stages.ipynb #69e91fa7
 def benchmark_step(dim:int=768, # D, width of a token
