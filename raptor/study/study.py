@@ -294,7 +294,7 @@ def validation(self:Study, model, # RecurrentBlock or Raptor in training
     whole = SimpleNamespace(features=features, parameters=model.parameters) # what heads need of a model
     def evaluate(step):
         model.eval() # `fit` returns to training mode
-        scores = evaluate_heads(whole, heads, data, workers=workers) if heads else {}
+        own = evaluate_heads(whole, heads, data, workers=workers) if heads else {}
         r2 = fidelity(model, source, start=start, end=end).per_layer()
-        return {"r2_end": float(r2[-1]), "r2_mean": float(r2.mean()), **{f"own_{metric}": value for metric, value in scores.items()}}
+        return {"r2_end": float(r2[-1]), "r2_mean": float(r2.mean()), **{f"own_{m}": value for m, value in own.items()}}
     return evaluate
