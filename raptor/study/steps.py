@@ -86,9 +86,9 @@ ITEM_READS = {
     "fig_stochastic_depth": lambda s: _controls(s, "teacher"),
     "fig_epsilon": lambda s: _states(s.preset) + _of(s, "raptor"),
     "tab_cost": lambda s: _of(s, "raptor"),
-    **dict.fromkeys(["tab_blocks", "fig_pareto", "fig_programs", "tab_early_exit"],
-                    lambda s: _states(s.preset) + _of(s, "raptor") + _variants(s)),
-    "fig_weight_recurrence": lambda s: _states(s.preset) + _of(s, "raptor"),
+    "tab_blocks": lambda s: _states(s.preset) + _of(s, "raptor") + _variants(s),
+    **dict.fromkeys(["fig_pareto", "fig_weight_recurrence"], lambda s: (copy_of("tab_blocks"),)), # it holds their times
+    **dict.fromkeys(["fig_programs", "fig_fidelity", "tab_early_exit"], lambda s: _of(s, "raptor") + _variants(s)),
     **dict.fromkeys(["fig_convergence", "fig_basins", "fig_perturbation", "fig_speed", "fig_coherence", "fig_rank",
                      "fig_norms"], _shown)} # they show the teacher and one Raptor
 

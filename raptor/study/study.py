@@ -156,7 +156,7 @@ class Study:
         backbone = self.teacher(self._spec(name), img_size).to(device := make_accelerator().device)
         if name == "teacher" or name in self.preset.extra_models: return backbone
         folder = self.folder/"raptors"/name
-        if folder.is_dir(): return RaptorBackbone(backbone, Raptor.from_pretrained(folder).to(device))
+        if folder.is_dir(): return RaptorBackbone(backbone, Raptor.from_pretrained(folder).to(device)).eval()
         raise RaptorError(f"{folder} does not exist; run the notebook train_raptor for it first.")
 def _pair(size): return tuple(size) if isinstance(size, list) else size
 
