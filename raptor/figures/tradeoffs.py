@@ -13,7 +13,7 @@ from . import style
 
 # %% ../../nbs/api/figures/03_tradeoffs.ipynb #4ce774e4
 @style.use_style()
-def plot_pareto(frame:pd.DataFrame, # one row for each model: kind, steps, value (NaN: not run), and the columns of `costs`
+def plot_pareto(frame:pd.DataFrame, # one row for each model: kind, steps, value (NaN: not run), columns of `costs`
     costs:dict, # column -> label of its axis; one panel each
     ylabel:str, # what `value` is, with its unit
     reference:float|None=None, # value of the teacher, drawn as a horizontal line
@@ -24,8 +24,10 @@ def plot_pareto(frame:pd.DataFrame, # one row for each model: kind, steps, value
     kinds = list(frame["kind"].unique())
     for ax, (column, label) in zip(axes, costs.items()):
         for i, kind in enumerate(kinds):
-            some = frame[(frame["kind"] == kind) & frame["value"].notna()].sort_values("steps")
-            ax.plot(some[column], some["value"], label=kind, **style.group_style(kind, i, kinds))
+            some = frame[(frame["kind"] == kind) & frame["value"].notna()].sort_values(["steps", "value"])
+            best, look = some.drop_duplicates("steps", keep="last"), style.group_style(kind, i, kinds)
+            ax.plot(best[column], best["value"], label=kind, **look)
+            ax.plot(some[column], some["value"], **{**look, "linestyle": ""})
             for x, y, steps in zip(some[column], some["value"], some["steps"]):
                 ax.annotate(f"{steps}", (x, y), (3, 3), textcoords="offset points", fontsize=7, color="0.3")
         if reference is not None: ax.axhline(reference, color="0.3", ls=":", lw=1)
