@@ -25,6 +25,7 @@ from raptor.study.settings import (
     Count,
     Few,
     FitSettings,
+    Layers,
     NotNegative,
     Seed,
     Task,
