@@ -25,7 +25,6 @@ from raptor.study.settings import (
     Count,
     Few,
     FitSettings,
-    Layers,
     NotNegative,
     Seed,
     Task,

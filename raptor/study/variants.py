@@ -9,8 +9,8 @@ __all__ = ['study_distance', 'study_phases', 'study_stops', 'find_variant', 'new
 import numpy as np
 
 from ..core import RaptorError, seed_for
-from ..model.recurrence import cut_stops
 from ..model.raptor import Raptor, block_steps
+from ..model.recurrence import cut_stops
 from ..phases import Phases, max_cut
 from .settings import make_config
 from .specs import VariantSpec
