@@ -154,6 +154,7 @@ class HeadSettings(TypedDict, total=False):
     bins:Annotated[int, Field(ge=2, le=10**5)]
     min_depth:NotNegative # metres
     max_depth:Positive # metres
+    hidden:Annotated[int, Field(ge=1, le=10**5)] # width of a layer with GELU before the bins; linear without it
 
 class ProbeSpec(Spec):
     "A probing task."
