@@ -167,7 +167,8 @@ class ProbeSpec(Spec):
 
 class VariantSpec(Spec):
     "A Raptor beside those of the study: other blocks, fewer steps or another training, in one stage."
-    k:Layers # number of phases, found by max-cut
+    k:Layers # number of phases
+    ends:list[Layers]|None = None # where they end; null for max-cut
     title:Line|None = None # its row in tables; null for its name
     block:BlockSpec|None = None # null for the block of the study
     stops:Layers|list[Layers]|None = None # states that the steps lead to, or their number; null for every state

@@ -52,7 +52,10 @@ def new_raptor(study:Study, # the study
     seed:int, # of the blocks
 ) -> tuple[Raptor, tuple]: # on the teacher's device; and the further stops that it shall learn
     "An untrained variant."
-    phases = study_phases(study, spec.k)
+    phases = study_phases(study, spec.k) if spec.ends is None else Phases(spec.ends)
+    if phases.depth != backbone.depth:
+        raise RaptorError(f"preset {study.name}: the ends {spec.ends} of a variant close with {phases.depth}, and "
+                          f"{backbone.name} has {backbone.depth} layers; close them with {backbone.depth}.")
     stops, *grids = [study_stops(study, phases, s) for s in (spec.stops, *spec.grids)]
     steps = block_steps(phases, stops, *grids)
     blocks = [study.new_block(backbone, seed_for("block", seed, j), span, spec.block, s)
