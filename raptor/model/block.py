@@ -39,7 +39,7 @@ CHANGES = {"experts": Experts, "low_rank": LowRank, "vectors": Vectors} # of wei
 
 def _check_steps(steps):
     for step in steps:
-        if not (isinstance(step, tuple) and [type(s) for s in step] == [int, int] and 0 <= step[0] < step[1] <= MAX_DEPTH):
+        if not (isinstance(step, tuple) and [*map(type, step)] == [int, int] and 0 <= step[0] < step[1] <= MAX_DEPTH):
             raise RaptorError(f"step {step} is no pair of states; give 0 <= start < end <= {MAX_DEPTH}.")
     if len(set(steps)) < len(steps) or len(steps) > 8*MAX_DEPTH:
         raise RaptorError(f"the {len(steps)} steps of a block must differ, and there are at most {8*MAX_DEPTH}.")
