@@ -36,7 +36,6 @@ from ..phases import Phases
 
 # isort: split
 
-
 # %% ../../nbs/api/study/01_specs.ipynb #37188381
 def _one_line(text:str) -> str:
     if text.strip() and not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text): return text
@@ -209,7 +208,7 @@ class ControlSpec(Spec):
     k:int|None = None # of the ablation, the partitions and the dynamics; null for 3, or the largest if there is no 3
     train:TrainSettings = {} # changes to `stage2` where a whole Raptor is trained in one stage
     contiguous:Few = 6 # random contiguous partitions
-    fragmented:Few = 3 # partitions with the same counts whose blocks are not intervals
+    fragmented:Few = 3 # partitions with the same counts whose blocks are not intervals; for start: scratch
     ks:list[Layers] = [1, 2, 3, 4, 5, 6] # numbers of blocks of the sweep; those above the teacher's depth are left out
     drop_paths:Rates = [0.0, 0.1, 0.3] # stochastic-depth rates of further teachers, if it is trained
     teacher:FitSettings = {} # changes to `teacher: train` for those
