@@ -14,10 +14,11 @@ NBS = ROOT/"nbs"
 
 # Pages in the order of reading; a page that is not named here follows in alphabetical order.
 HOWTO = ("cluster", "cache", "share", "new_figure", "contribute")
-EXPLAINS = ("method", "differences", "architecture", "reliability", "speed")
+EXPLAINS = ("method", "beyond", "differences", "architecture", "reliability", "speed")
 PAPER = ("tab_probes", "tab_segmentations", "fig_similarity", "fig_accuracy_r2", "tab_ablation", "fig_partitions",
          "fig_stochastic_depth", "fig_swaps", "fig_epsilon", "fig_convergence", "fig_basins", "fig_perturbation",
-         "fig_speed", "fig_coherence", "fig_rank", "fig_norms", "tab_cost")
+         "fig_speed", "fig_coherence", "fig_rank", "fig_norms", "tab_cost", "tab_blocks", "fig_pareto", "fig_fidelity",
+         "fig_weight_recurrence", "fig_programs", "tab_early_exit")
 STAGES = ("train_teacher", "cache_activations", "find_phases", "train_block", "train_raptor", "train_probe",
           "train_control")
 

@@ -525,6 +525,14 @@ def test_a_flipped_bit_in_saved_weights_is_noticed(tmp_path):
         Backbone.create("vit_nano_patch4_reg4_24", weights=path)
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    backbone = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
+    with torch.no_grad(): backbone.model.blocks[1].mlp.fc1.weight[0, 0] = float("nan")
+    with pytest.raises(RaptorError, match="w.safetensors is not written, because blocks.1.mlp.fc1.weight of .* is not finite"):
+        backbone.save(tmp_path/"w.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_with_names_of_another_library_show_one(tmp_path):
     torch.save(torchvision.models.VisionTransformer(32, 16, 1, 2, 48, 96).state_dict(), tmp_path/"w.pth")
     with pytest.raises(RaptorError, match="lack cls_token, .*the file holds class_token, conv_proj.weight"):

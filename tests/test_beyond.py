@@ -1,10 +1,20 @@
 """Blocks that know their depth, start from the teacher's layers, and take fewer steps than it has layers."""
 import json
-from dataclasses import asdict
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict, replace
+from itertools import combinations
 
+import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from raptor.core import RaptorError
@@ -14,9 +24,11 @@ from raptor.model.conditioning import Experts, LowRank, Step, Steps
 from raptor.model.deploy import early_exit, materialize, settled, sure
 from raptor.model.layer import average, layer_shape, layer_weights, low_rank_factors
 from raptor.model.raptor import Raptor, block_steps
-from raptor.model.recurrence import even, walk
-from raptor.phases import FragmentedPhases, Phases
+from raptor.model.recurrence import cut_stops, even, walk
+from raptor.phases import FragmentedPhases, Phases, cut_weight
+from raptor.probes.train import fidelity
 from raptor.teacher.backbone import Backbone
+from raptor.train.stages import SpanObjective, TrainConfig, train_raptor
 
 UNIT = tuple((t, t + 1) for t in range(4))
 ALL = dict(conditioning=("scaling", "vectors", "low_rank", "experts"), rank=2, experts=3, router="hat", steps=UNIT)
@@ -341,3 +353,151 @@ def test_intermediates_of_a_raptor_are_those_at_its_stops():
     for indices, wanted in ((None, (1, 2, 3)), (1, (3,)), ((3,), (2,))):
         for found, i in zip(outputs[indices], wanted, strict=True): assert torch.equal(found, states[:, i, student.num_prefix:])
     with pytest.raises(RaptorError, match="does not stop after layer 1"): student.forward_intermediates(images, indices=[0])
+
+
+class Turning:
+    "Trajectories of a rotation by an angle that grows with depth; a stand-in for a teacher of six layers."
+    depth, num_prefix, has_cls, fingerprint, num_images = 6, 1, True, "turning", 64
+
+    def batches(self, batch_size, *, start=0, end=None, states=None, seed=None, first_step=0, steps=None, rank=0, world=1,
+                device=None, dtype=torch.float32):
+        wanted = list(states) if states is not None else list(range(start, (end or self.depth) + 1))
+        for step in range(first_step, steps if steps is not None else first_step + 1):
+            g = torch.Generator().manual_seed(1000*(seed or 0) + step)
+            a, b = torch.randn(2, batch_size, 3, 4, generator=g)
+            angles = torch.tensor([0.1*t + 0.02*t*t for t in wanted])[:, None, None]
+            turned = [torch.cat([a*c - b*s, a*s + b*c], -1) for c, s in zip(angles.cos(), angles.sin())]
+            yield torch.stack(turned, 1)
+
+
+GRIDS = ((2, 4, 6), (2, 6))
+
+
+def elastic(seed=0):
+    torch.manual_seed(seed)
+    settings = dict(mlp="gelu", layer_scale=0.1, conditioning=("vectors", "low_rank"), rank=2)
+    return Raptor.create(Phases((2, 6)), 8, 2, grids=(None, *GRIDS), **settings)
+
+
+def test_every_choice_of_stops_gets_its_share_of_the_steps_and_reads_its_own_states():
+    config, raptor = TrainConfig(steps=300, batch_size=2, seed=3), elastic()
+    objective = SpanObjective(raptor, 0, config, grids=GRIDS, end=6)
+    assert objective.wanted == (0, 1, 2, 3, 4, 5, 6)
+    states = torch.arange(7.).reshape(1, 7, 1, 1).expand(2, 7, 3, 8)
+    drawn = [objective.draw(states, step) for step in range(300)]
+    for path, read in drawn: assert read[0, :, 0, 0].tolist() == [0, *(end for _, end in path)]
+    counts = [sum(len(path) == n for path, _ in drawn) for n in (6, 3, 2)]
+    assert sum(counts) == 300 and min(counts) > 70, counts # 100 each, by the seed alone
+    assert [len(p) for p, _ in drawn] == [len(objective.draw(states, s)[0]) for s in range(300)]
+    assert [len(p) for p, _ in drawn] != [len(SpanObjective(raptor, 0, replace(config, seed=4), grids=GRIDS, end=6)
+                                              .draw(states, s)[0]) for s in range(300)]
+
+
+def test_an_elastic_raptor_learns_all_its_stops():
+    raptor, config = elastic(), TrainConfig(steps=240, batch_size=32, lr=1e-2, warmup=5, log_every=40)
+    before = [fidelity(raptor.at(g), Turning()).compute() for g in (None, *GRIDS)]
+    train_raptor(Turning(), raptor, config, grids=GRIDS)
+    after = [fidelity(raptor.at(g), Turning()).compute() for g in (None, *GRIDS)]
+    assert all(a > 0.8 and a > b for a, b in zip(after, before)), (before, after)
+
+
+def test_fidelity_of_a_raptor_with_stops_is_that_of_the_states_it_hits():
+    raptor = elastic().at((2, 4, 6))
+    states = whole = next(Turning().batches(8, seed=1, steps=1))
+    class One(Turning):
+        def batches(self, *a, states=None, **k): yield whole[:, list(states)]
+    with torch.no_grad(): predicted = raptor.rollout(states[:, 0])[:, 1:].double()
+    truth = states[:, [2, 4, 6]].double()
+    spread = (truth - truth.mean((0, 2), keepdim=True)).square().sum((0, 2, 3))
+    expected = 1 - (predicted - truth).square().sum((0, 2, 3)) / spread
+    assert fidelity(raptor, One()).per_layer() == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_the_last_state_alone_can_be_the_target():
+    raptor, states = elastic(), next(Turning().batches(4, seed=1, steps=1))
+    config = TrainConfig(steps=10, forcing="free", targets="last")
+    with torch.no_grad(): loss = SpanObjective(raptor, 0, config)(states, 0)["loss"]
+    with torch.no_grad(): expected = (raptor.advance(states[:, 0]) - states[:, 6]).square().mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(RaptorError, match="did you mean 'last'"):
+        SpanObjective(raptor, 0, replace(config, targets="lats"))
+
+
+def test_experts_are_kept_apart_in_training():
+    torch.manual_seed(0)
+    settings = dict(mlp="gelu", conditioning=("experts",), experts=3, layer_scale=0.1)
+    raptor, states = Raptor.create(Phases((6,)), 8, 2, **settings), next(Turning().batches(4, seed=1, steps=1))
+    plain = SpanObjective(raptor, 0, TrainConfig(steps=10, expert_weights=(0, 0, 0)))(states, 0)
+    whole = SpanObjective(raptor, 0, TrainConfig(steps=10, expert_weights=(1, 2, 3)))(states, 0)
+    bank = raptor.blocks[0].changes["experts"].bank(raptor.blocks[0].own_weights())
+    cosines = [float(torch.cosine_similarity(bank[i], bank[j], dim=0))**2 for i, j in ((0, 1), (0, 2), (1, 2))]
+    expected = 1*0 + 2*math.log(3)**2 + 3*sum(cosines)/3 # equal gates at the start
+    assert float(whole["experts"]) == pytest.approx(expected, rel=1e-5) and float(plain["experts"]) == 0
+    assert float(whole["loss"] - plain["loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_block_that_starts_from_zero_is_its_updates_alone():
+    torch.manual_seed(0)
+    backbone = Backbone.create("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=3, embed_dim=16, num_heads=2)
+    block = RecurrentBlock.from_layers(backbone, (0, 3), start="zero", rank=16)
+    assert not any(p.count_nonzero() or p.requires_grad for p in block.own_weights().values())
+    layer = layer_weights(backbone.model.blocks[1])
+    for name, value in block.step_weights(Step(1, 2)).items(): assert torch.allclose(value, layer[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("steps,ends,expected", [(2, (), (4, 6)), (3, (2, 6), (2, 4, 6)), (6, (3,), (1, 2, 3, 4, 5, 6))])
+def test_stops_at_the_ends_of_a_max_cut_hold_the_ends_of_the_phases(steps, ends, expected):
+    layers = np.array([0, 0, 1, 1, 5, 6.])
+    distance = np.abs(np.subtract.outer(layers, layers))
+    assert cut_stops(distance, steps, ends) == expected
+    inside = [c for c in combinations(range(1, 6), steps - 1) if {*ends} <= {*c, 6}]
+    assert expected in max((cut_weight(distance, (*c, 6)), (*c, 6)) for c in inside) # by enumeration
+
+
+ELASTIC_WORKER = """
+    import sys, time
+    sys.path.insert(0, {tests!r})
+    import torch; torch.set_num_threads(1)
+    from safetensors.torch import save_file
+    from test_beyond import GRIDS, Turning, elastic
+    from raptor.train.stages import TrainConfig, train_raptor
+    class Slow(Turning):
+        def batches(self, *a, **k):
+            for b in super().batches(*a, **k): time.sleep(float(sys.argv[2])); yield b
+    raptor, config = elastic(), TrainConfig(steps=50, batch_size=4, lr=1e-2, warmup=5, log_every=7, checkpoint_every=10)
+    train_raptor(Slow(), raptor, config, sys.argv[1], grids=GRIDS)
+    save_file(raptor.state_dict(), sys.argv[1] + "/done.safetensors")
+"""
+
+
+def test_an_elastic_run_that_is_killed_ends_with_the_same_weights(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(ELASTIC_WORKER.format(tests=os.path.dirname(__file__)))]
+    for name in ("cut", "whole"): (tmp_path/name).mkdir()
+    cut = subprocess.Popen([*command, tmp_path/"cut", "0.1"], stderr=subprocess.DEVNULL)
+    while not (tmp_path/"cut"/"checkpoint.safetensors").exists():
+        assert cut.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.25) # into the steps after the checkpoint
+    cut.kill()
+    assert cut.wait() == -signal.SIGKILL and not (tmp_path/"cut"/"done.safetensors").exists()
+    for name in ("cut", "whole"): assert subprocess.run([*command, tmp_path/name, "0"]).returncode == 0
+    cut, whole = (load_file(tmp_path/name/"done.safetensors") for name in ("cut", "whole"))
+    assert cut.keys() == whole.keys() and all(torch.equal(cut[k], whole[k]) for k in cut)
+
+
+def test_a_checkpoint_of_other_grids_is_refused(tmp_path):
+    config = TrainConfig(steps=4, batch_size=2, warmup=0, checkpoint_every=2)
+    class Broken(Turning):
+        def batches(self, *a, **k):
+            for i, batch in enumerate(super().batches(*a, **k)):
+                if i == 3: raise KeyboardInterrupt
+                yield batch
+    with pytest.raises(KeyboardInterrupt): train_raptor(Broken(), elastic(), config, tmp_path, grids=GRIDS)
+    with pytest.raises(RaptorError, match="belongs to another run"):
+        train_raptor(Turning(), elastic(), config, tmp_path, grids=GRIDS[:1])
+
+
+def test_a_raptor_that_was_read_is_in_evaluation_mode(tmp_path):
+    raptor = elastic()
+    raptor.save_pretrained(tmp_path)
+    assert raptor.training and not any(m.training for m in Raptor.from_pretrained(tmp_path).modules())

@@ -1,10 +1,13 @@
 "Heads, losses and tasks: known values, agreement with plain formulas, and what bad input says."
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
 
 from raptor.core import RaptorError
 from raptor.probes.heads import (
@@ -12,6 +15,8 @@ from raptor.probes.heads import (
     over_processes, scale_invariant_loss
 )
 from raptor.probes.metrics import depth_rmse
+from raptor.probes.train import ProbeConfig, load_head, save_head, train_probe
+from raptor.study.specs import HeadSettings
 
 def random(*shape, seed=0, **kw): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **kw)
 def backbone(**kw): return SimpleNamespace(**{**dict(dim=6, num_prefix=5, grid=(2, 3), has_cls=True), **kw})
@@ -81,6 +86,119 @@ def test_heads_refuse_tokens_that_do_not_fit(make, tokens):
 @pytest.mark.parametrize("kw", [dict(bins=1), dict(min_depth=-1.), dict(min_depth=2., max_depth=2.)])
 def test_depth_head_refuses_senseless_bins(kw):
     with pytest.raises(RaptorError, match="at least 2 bins"): DepthHead(6, 5, (2, 3), **kw)
+
+# ---- the hidden layer of the depth head
+
+def test_a_head_without_hidden_is_the_linear_head_as_before():
+    "Its parameters, their order and their draws are those of one nn.Linear; a None in the settings says the same."
+    for settings in ({}, {"hidden": None}):
+        torch.manual_seed(3)
+        head = DepthHead(6, 5, (2, 3), bins=8, **settings)
+        torch.manual_seed(3)
+        linear = torch.nn.Linear(12, 8)
+        assert [n for n, _ in head.named_parameters()] == list(head.state_dict()) == ["linear.weight", "linear.bias"]
+        assert torch.equal(head.linear.weight, linear.weight) and torch.equal(head.linear.bias, linear.bias)
+
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_a_head_with_hidden_is_two_layers_at_each_patch_and_then_upsampled(has_cls):
+    torch.manual_seed(0)
+    head, x = DepthHead(6, 5, (2, 3), bins=4, has_cls=has_cls, hidden=3), random(2, 11, 6)
+    w1, b1, w2, b2 = random(3, 12, seed=1), random(3, seed=2), random(4, 3, seed=3), random(4, seed=4)
+    head.load_state_dict({"hidden.weight": w1, "hidden.bias": b1, "linear.weight": w2, "linear.bias": b2})
+    patches = x[:, 5:]
+    z = torch.cat([patches, (x[:, 0] if has_cls else patches.mean(1))[:, None].expand(-1, 6, -1)], -1) @ w1.T + b1
+    logits = (z*(1 + torch.erf(z/math.sqrt(2)))/2 @ w2.T + b2).transpose(1, 2).reshape(2, 4, 2, 3)
+    up = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)
+    out = head(x, (9, 13))
+    torch.testing.assert_close(out.logits, up, atol=1e-5, rtol=1e-5)
+    depth = torch.einsum("bkhw,k->bhw", up.softmax(1), head.centres)
+    torch.testing.assert_close(head(x).depth, depth, atol=1e-4, rtol=1e-4)
+    assert out.depth.shape == (2, 9, 13)
+
+def test_both_layers_start_after_the_same_rule():
+    "That of nn.Linear: uniform within one over the root of the number of inputs, weights and biases."
+    torch.manual_seed(0)
+    head = DepthHead(32, 1, (2, 2), bins=64, hidden=256)
+    for layer, inputs in ((head.hidden, 64), (head.linear, 256)):
+        assert layer.weight.shape[1] == inputs and layer.weight.abs().max() <= inputs**-.5
+        assert layer.weight.std().item() == pytest.approx(inputs**-.5/math.sqrt(3), rel=.03)
+        assert 0 < layer.bias.abs().max() <= inputs**-.5
+
+class Distances:
+    "Tokens whose depth is a distance, in metres; a model that passes them through is probed for it."
+    name, eval_crop, num_classes, fingerprint = "distances", None, None, "distances"
+    def __len__(self): return 64
+    def get_batch(self, indices):
+        indices = torch.as_tensor(indices)
+        x = random(64, 5, 1)[indices]
+        return {"image": x, "target": 1 + 2*x[:, 1:, 0].abs().view(-1, 2, 2), "index": indices}
+
+class PassThrough(torch.nn.Module):
+    dim, num_prefix, has_cls, grid, num_tokens, name, fingerprint = 1, 1, True, (2, 2), 5, "pass", "pass"
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+    def features(self, images): return images
+
+def test_a_probe_with_a_hidden_layer_is_trained_on_images_and_on_a_table_of_features():
+    "Both give the same head, and it learns distances that a linear head does not."
+    config, found = ProbeConfig(epochs=20, batch_size=16, lr=.02, warmup=2, log_every=40, augment=False), []
+    for gigabytes in (2., 1e-9):
+        torch.manual_seed(0)
+        head, result, _ = train_probe(PassThrough(), "depth", Distances(), Distances(),
+                                      replace(config, table_gb=gigabytes), settings={"bins": 16, "hidden": 8})
+        found.append((result["last"], head.hidden.weight))
+    assert found[0][0] == pytest.approx(found[1][0]) and torch.equal(found[0][1], found[1][1])
+    torch.manual_seed(0)
+    linear = train_probe(PassThrough(), "depth", Distances(), Distances(), config, settings={"bins": 16})[1]
+    assert found[0][0] < .8*linear["last"]
+
+@pytest.mark.parametrize("hidden", [0, -1])
+def test_depth_head_refuses_a_hidden_layer_without_units(hidden):
+    with pytest.raises(RaptorError, match=f"width {hidden}; use at least 1"): DepthHead(6, 5, (2, 3), hidden=hidden)
+
+@pytest.mark.parametrize("settings,fine", [
+    ({}, True), ({"hidden": 1}, True), ({"bins": 8, "hidden": 256}, True), ({"hidden": 10**5}, True),
+    *(({"hidden": value}, False) for value in (0, -1, 10**6, None, True, "64", 1.5, [64])), ({"hiden": 8}, False)])
+def test_what_a_preset_may_say_of_hidden(settings, fine):
+    if fine: assert TypeAdapter(HeadSettings).validate_python(settings, strict=True) == settings
+    else:
+        with pytest.raises(ValidationError): TypeAdapter(HeadSettings).validate_python(settings, strict=True)
+
+@pytest.mark.parametrize("hidden", [{}, {"hidden": 5}])
+def test_heads_on_disk_keep_their_hidden_layer(tmp_path, hidden):
+    path, settings, model = tmp_path/"h.safetensors", {"bins": 4, **hidden}, backbone(name="b")
+    torch.manual_seed(0)
+    head, x = probe_task("depth").make_head(model, None, **settings), random(2, 11, 6)
+    save_head(head, path, settings)
+    again = load_head(model, "depth", path)
+    assert torch.equal(again(x).logits, head(x).logits) and list(again.state_dict()) == list(head.state_dict())
+    assert len(load_file(path)) == (4 if hidden else 2)
+
+@pytest.mark.parametrize("made,said", [(5, 6), (5, None), (5, 10**13), (5, "5"), (5, 5.0), (None, 5), (1, True)])
+def test_a_file_whose_settings_name_another_hidden_width_is_refused(tmp_path, made, said):
+    path, model = tmp_path/"h.safetensors", backbone(name="b")
+    save_head(DepthHead(6, 5, (2, 3), bins=4, hidden=made), path, {"bins": 4, "hidden": said})
+    with pytest.raises(RaptorError, match="damaged.*run the step") as e: load_head(model, "depth", path)
+    assert len(str(e.value)) < 300 + len(str(path)) and "\n" not in str(e.value)
+
+@pytest.mark.parametrize("change", [
+    lambda t: t.update({"hidden.weight": torch.tensor(1.)}), lambda t: t.update({"hidden.weight": torch.ones(5, 7)}),
+    lambda t: t.update({"hidden.bias": torch.ones(9)}), lambda t: t.update({"linear.weight": torch.ones(4, 12)}),
+    lambda t: t.pop("hidden.weight"), lambda t: t.pop("hidden.bias")])
+def test_a_hidden_layer_with_other_tensors_is_refused(tmp_path, change):
+    path = tmp_path/"h.safetensors"
+    tensors = DepthHead(6, 5, (2, 3), bins=4, hidden=5).state_dict()
+    change(tensors)
+    save_file(tensors, path, {"settings": '{"bins": 4, "hidden": 5}'}) # as earlier versions wrote them
+    with pytest.raises(RaptorError): load_head(backbone(name="b"), "depth", path)
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_the_other_heads_have_no_hidden_layer(tmp_path, task):
+    model, path = backbone(name="b"), tmp_path/"h.safetensors"
+    save_head(probe_task(task).make_head(model, 4), path, {"hidden": 4})
+    with pytest.raises(RaptorError, match="damaged"): load_head(model, task, path)
+    with pytest.raises(TypeError): probe_task(task).make_head(model, 4, hidden=4)
 
 # ---- losses
 

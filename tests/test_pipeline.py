@@ -237,7 +237,7 @@ def studies(tmp_path_factory):
     kernel = folder/"two"/"kernels"/"python3"/"kernel.json" # of a foreign installation
     kernel.parent.mkdir(parents=True); kernel.write_text(json.dumps({"argv": ["touch", str(folder/"imported")], "language": "python", "display_name": "x"}))
     os.environ["JUPYTER_PATH"] = str(folder/"two")
-    running = [start("reproduce", "--preset", preset, home=folder/home, umask=umask) for home, umask in (("one", 0o022), ("two", 0o077))]
+    running = [start("reproduce", "--preset", preset, home=folder/home, umask=umask) for home, umask in (("one", 0o002), ("two", 0o077))]
     del os.environ["JUPYTER_PATH"]
     try:
         for process in running: assert process.wait(PATIENCE) == 0, process.stderr.read()
@@ -257,7 +257,7 @@ def test_the_same_seeds_give_the_same_study(studies):
 
 
 def test_the_modes_of_files_follow_the_umask(studies):
-    for folder, modes in ((studies[0], {0o644, 0o755}), (studies[1], {0o600, 0o700})):
+    for folder, modes in ((studies[0], {0o664, 0o775}), (studies[1], {0o600, 0o700})):
         wrong = [p for p in folder.rglob("*") if p.suffix != ".py" and p.name != "notebooks" and p.stat().st_mode & 0o777 not in modes]
         assert not wrong
 

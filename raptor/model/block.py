@@ -39,8 +39,7 @@ CHANGES = {"experts": Experts, "low_rank": LowRank, "vectors": Vectors} # of wei
 
 def _check_steps(steps):
     for step in steps:
-        pair = isinstance(step, tuple) and len(step) == 2 and all(type(s) is int for s in step)
-        if not pair or not 0 <= step[0] < step[1] <= MAX_DEPTH:
+        if not (isinstance(step, tuple) and [*map(type, step)] == [int, int] and 0 <= step[0] < step[1] <= MAX_DEPTH):
             raise RaptorError(f"step {step} is no pair of states; give 0 <= start < end <= {MAX_DEPTH}.")
     if len(set(steps)) < len(steps) or len(steps) > 8*MAX_DEPTH:
         raise RaptorError(f"the {len(steps)} steps of a block must differ, and there are at most {8*MAX_DEPTH}.")
@@ -119,6 +118,7 @@ class RecurrentBlock(Recurrence):
         settings = {"low_rank": [c.rank], "experts": [c.experts, c.router, c.expert_attention]}
         self.changes = nn.ModuleDict({n: CHANGES[n](shapes, c.steps, *settings.get(n, ())) for n in c.changes})
         self.own, self._merged, self._mark = tuple(shapes), {}, None
+        self._stores = [module._parameters for module in self.modules()] # where parameters are, even if replaced
 
     def attention(self, x:Tensor, # (B, N, D), normalised
         weights:dict|None=None, # by name; None: the block's own
@@ -173,9 +173,8 @@ class RecurrentBlock(Recurrence):
     ) -> Tensor: # (B, n, N, D) the predicted next states
         "One step from each of n states: in one pass if they share their weights."
         if self.changes: return torch.stack([self(x, b, b - a) for x, (a, b) in zip(inputs.unbind(1), steps)], 1)
-        B, n = inputs.shape[:2]
-        depths = torch.tensor([end for _, end in steps], device=inputs.device)
-        return self(inputs.flatten(0, 1), depths.repeat(B)).unflatten(0, (B, n))
+        depths = torch.tensor([end for _, end in steps], device=inputs.device).repeat(len(inputs))
+        return self(inputs.flatten(0, 1), depths).unflatten(0, inputs.shape[:2])
 
 # %% ../../nbs/api/model/04_block.ipynb #ab93e187
 @patch
@@ -197,7 +196,7 @@ def merged(self:RecurrentBlock, step:Step, # one of `config.steps`
 ) -> dict: # name -> Tensor
     "The weights of one step, kept where they are used again."
     if self.training or torch.is_grad_enabled(): return self.step_weights(step)
-    mark = [(p.data_ptr(), p._version) for p in self.parameters()]
+    mark = [(p.data_ptr(), p._version) for store in self._stores for p in store.values() if p is not None]
     if mark != self._mark: self._merged, self._mark = {}, mark
     if step not in self._merged: self._merged[step] = self.step_weights(step)
     return self._merged[step]
@@ -243,12 +242,10 @@ def from_layers(cls:RecurrentBlock, backbone, # a `Backbone`: a `VisionTransform
         raise RaptorError(f"start is {start!r}; it must be mean, middle, zero, or a layer in {first + 1}..{last}.")
     steps = [(t - 1, t) for t in range(first + 1, last + 1)] if steps is None else list(steps)
     block = cls(**shape, conditioning=tuple(conditioning), steps=tuple(map(tuple, steps)), **more)
-    shared = {name: torch.stack([w[name] for w in layers]).mean(0) for name in layers[0]}
-    if start == "zero": shared = {name: torch.zeros_like(value) for name, value in shared.items()}
-    elif start != "mean": shared = layers[number - first - 1]
-    block.load_state_dict(shared, strict=False)
-    if start == "zero": # nothing is shared: a control
-        for name in block.own: block.get_parameter(name).requires_grad_(False)
+    mean = {name: torch.stack([w[name] for w in layers]).mean(0) for name in layers[0]}
+    zero = {name: torch.zeros_like(value) for name, value in mean.items()}
+    block.load_state_dict({"mean": mean, "zero": zero}.get(start) or layers[number - first - 1], strict=False)
+    for p in block.own_weights().values(): p.requires_grad_(start != "zero") # a control: nothing is shared
     if "experts" in block.changes: block.changes["experts"].start_from(block.own_weights(), layers)
     _fill(block, layers, first)
     return block
@@ -296,8 +293,7 @@ def load_block(path:str|Path, # a file of `save_block`
     if not {"block", "span"} <= set(note):
         raise RaptorError(f"the weights {path} are not those of one block; read a Raptor by `Raptor.from_pretrained`.")
     span = note["span"]
-    integers = isinstance(span, list) and len(span) == 2 and all(type(s) is int for s in span)
-    if not integers or not 0 <= span[0] < span[1] <= MAX_DEPTH:
+    if not (isinstance(span, list) and [type(s) for s in span] == [int, int] and 0 <= span[0] < span[1] <= MAX_DEPTH):
         raise RaptorError(f"the weights {path} state the span {str(span)[:40]}; save the block with its (start, end].")
     block = fill(empty_block(block_config(note["block"], path)), path)
     block.trained_on, block.span = note.get("trained_on"), tuple(span)

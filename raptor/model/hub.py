@@ -209,7 +209,7 @@ class HubMixin(PyTorchModelHubMixin):
         dir_or_repo:str|Path, # a folder of `save_pretrained`, or a repository id such as "owner/name"
         revision:str|None=None, # branch, tag or commit of the repository
         **download, # `token`, `cache_dir`, `force_download` or `local_files_only`, as huggingface_hub defines them
-    ): # an instance of this class
+    ): # an instance of this class, in evaluation mode
         "Read a saved model; raises `RaptorError` if one of its files is missing, damaged or inconsistent."
         return cls._from_pretrained(model_id=str(dir_or_repo), revision=revision, **download)
 
@@ -224,7 +224,7 @@ class HubMixin(PyTorchModelHubMixin):
         if (note := read_note(weights)).get("config") != fingerprint(values):
             raise RaptorError(f"{weights} was saved with another config.json; copy the folder again.")
         for block in blocks: block.trained_on = note.get("trained_on")
-        return model
+        return model.eval()
 
     def push_to_hub(self, repo_id:str, # "owner/name"; the repository is created if it is missing
         run_record:dict|None=None, # of `raptor.core.run_record`, for the card

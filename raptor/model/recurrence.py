@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import RaptorError
-from .conditioning import Step
 from ..phases import Phases, check_distance, max_cut
+from .conditioning import Step
 
 # %% ../../nbs/api/model/03_recurrence.ipynb #abf186eb
 class Recurrence(nn.Module):

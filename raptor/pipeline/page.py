@@ -24,7 +24,8 @@ from .notebooks import read_notebook
 # %% ../../nbs/api/pipeline/03_page.ipynb #e25c616e
 PAPER_ORDER = """fig_similarity tab_segmentations fig_partitions fig_stochastic_depth fig_swaps tab_probes
     fig_accuracy_r2 tab_ablation fig_epsilon fig_convergence fig_basins fig_perturbation fig_speed fig_coherence
-    fig_rank fig_norms tab_cost""".split()
+    fig_rank fig_norms tab_cost tab_blocks fig_pareto fig_fidelity fig_weight_recurrence fig_programs
+    tab_early_exit""".split()
 
 def item_names() -> list[str]:
     "The tables and figures that have a notebook, in the paper's order."

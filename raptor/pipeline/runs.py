@@ -18,9 +18,9 @@ import yaml
 
 from ..core import RaptorError, atomic_path, check_name, check_writable, paper_root, usable_cores
 from ..study.presets import STAGES
-from ..study.steps import is_finished, step_of
+from ..study.steps import is_finished, runs_behind, step_of
 from ..study.study import Study
-from .needs import check_study, costs, describe_data, profile_path, run_needs, runs_for
+from .needs import check_study, costs, describe_data, profile_path, run_needs
 from .notebooks import refresh
 from .page import item_names
 from .processes import study_lock, sweep, temporary_folder, visible_gpus
@@ -53,7 +53,7 @@ def describe_runs(study:Study, # not necessarily started
         then = f"then {then} for k = {list(preset.phases.ks)}, once the phases are known"
         if set(names) <= set(first): first, then = first[:1 + max(map(first.index, names))], "nothing else"
         return "\n".join([*data, f"{preset.name}: {', '.join(first)}; {then}; {cost}"])
-    runs = runs_for(study, names)
+    runs = runs_behind(study, names)
     lines = [_describe(study, run) for run in runs]
     kinds = ("block", "raptor", "probe", *(["control"] if all_items else []))
     counts = ", ".join(f"{sum(run.kind == kind for run in runs)} {kind} runs" for kind in kinds)

@@ -235,6 +235,8 @@ def load_head(model, # the model that the head reads: dim, num_prefix, grid
         outputs = len(state["linear.weight"])
         if not isinstance(settings, dict): raise ValueError(f"its settings are {str(settings)[:40]!r}")
         if (bins := settings.get("bins", outputs)) != outputs: raise ValueError(f"{bins} bins, but {outputs} outputs")
+        hidden = len(state["hidden.weight"]) if "hidden.weight" in state else None
+        if (said := settings.get("hidden")) != hidden: raise ValueError(f"hidden: {said}, but {hidden} in its weights")
         head = probe_task(task).make_head(model, outputs, **settings)
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise RaptorError(f"the head {path} is damaged ({' '.join(str(e).split())[:120]}); {cure}.") from e

@@ -50,6 +50,7 @@ from raptor.study.specs import (
 )
 
 from ..core import RaptorError, check_name, fingerprint, paper_root, read_text
+from ..phases import Phases
 
 # isort: split
 
@@ -180,6 +181,11 @@ def _check_models(preset):
 def _check_variant(preset, name, spec):
     "The numbers of a variant, compared with each other and with the preset."
     block, where = spec.block or preset.block, f"variants: {name}"
+    if spec.ends is not None:
+        try: phases = Phases(spec.ends)
+        except RaptorError as error: raise ValueError(f"{where}: {error}") from error
+        if phases.k != spec.k:
+            raise ValueError(f"{where}: the ends {spec.ends} make {phases.k} phases for k = {spec.k}; change one.")
     for stops in (spec.stops, *spec.grids):
         count = len(stops) if isinstance(stops, list) else stops
         if count is not None and count < spec.k:

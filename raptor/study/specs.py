@@ -153,6 +153,7 @@ class HeadSettings(TypedDict, total=False):
     bins:Annotated[int, Field(ge=2, le=10**5)]
     min_depth:NotNegative # metres
     max_depth:Positive # metres
+    hidden:Annotated[int, Field(ge=1, le=10**5)] # width of a layer with GELU before the bins; linear without it
 
 class ProbeSpec(Spec):
     "A probing task."
@@ -165,7 +166,8 @@ class ProbeSpec(Spec):
 
 class VariantSpec(Spec):
     "A Raptor beside those of the study: other blocks, fewer steps or another training, in one stage."
-    k:Layers # number of phases, found by max-cut
+    k:Layers # number of phases
+    ends:list[Layers]|None = None # where they end; null for max-cut
     title:Line|None = None # its row in tables; null for its name
     block:BlockSpec|None = None # null for the block of the study
     stops:Layers|list[Layers]|None = None # states that the steps lead to, or their number; null for every state

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TRAINED_IN', 'ITEM_READS', 'SECTIONS', 'ITEM_SECTIONS', 'NO_MATTER', 'WRITTEN', 'RESULTS', 'NOTE',
            'notebook_defaults', 'run_folder', 'copy_of', 'Step', 'step', 'step_of', 'first_steps', 'later_steps',
-           'tensors_digest', 'spec_of', 'written', 'source_of', 'seal', 'damage', 'is_finished', 'other_code']
+           'runs_behind', 'tensors_digest', 'spec_of', 'written', 'source_of', 'seal', 'damage', 'is_finished',
+           'other_code']
 
 # %% ../../nbs/api/study/09_steps.ipynb #54f98847
 import ast
@@ -86,9 +87,9 @@ ITEM_READS = {
     "fig_stochastic_depth": lambda s: _controls(s, "teacher"),
     "fig_epsilon": lambda s: _states(s.preset) + _of(s, "raptor"),
     "tab_cost": lambda s: _of(s, "raptor"),
-    **dict.fromkeys(["tab_blocks", "fig_pareto", "fig_programs", "tab_early_exit"],
-                    lambda s: _states(s.preset) + _of(s, "raptor") + _variants(s)),
-    "fig_weight_recurrence": lambda s: _states(s.preset) + _of(s, "raptor"),
+    "tab_blocks": lambda s: _states(s.preset) + _of(s, "raptor") + _variants(s),
+    **dict.fromkeys(["fig_pareto", "fig_weight_recurrence"], lambda s: (copy_of("tab_blocks"),)), # it holds their times
+    **dict.fromkeys(["fig_programs", "fig_fidelity", "tab_early_exit"], lambda s: _of(s, "raptor") + _variants(s)),
     **dict.fromkeys(["fig_convergence", "fig_basins", "fig_perturbation", "fig_speed", "fig_coherence", "fig_rank",
                      "fig_norms"], _shown)} # they show the teacher and one Raptor
 
@@ -141,6 +142,21 @@ def later_steps(study:Study, # whose phases are known
     "The steps behind the phases, control runs included."
     runs = (*study.runs.values(), *study.controls.values())
     return [*(step_of(study, r) for r in runs), *(step(study, i) for i in (*items, "summary"))]
+
+# %% ../../nbs/api/study/09_steps.ipynb #5d6f374c
+def runs_behind(study:Study, # whose phases are known
+    names, # notebooks: stages, tables, figures
+) -> list[Run]: # in the order in which a study lists them
+    "The runs of some stages, and those that some tables and figures read; with the runs that these start from."
+    runs = {step_of(study, r).copy: r for r in (*study.runs.values(), *study.controls.values())}
+    ahead = [copy for copy in runs if Path(copy).stem in names]
+    ahead += [copy_of(name) for name in names if name not in TRAINED_IN]
+    kept = set()
+    while ahead:
+        if (copy := ahead.pop()) in kept: continue
+        kept.add(copy)
+        ahead += (step_of(study, runs[copy]) if copy in runs else step(study, Path(copy).stem)).after
+    return [run for copy, run in runs.items() if copy in kept]
 
 # %% ../../nbs/api/study/09_steps.ipynb #e7fb5731
 SECTIONS = {"train_teacher": (), "cache_activations": ("activations",), "find_phases": ("activations", "phases"),

@@ -156,7 +156,7 @@ class Study:
         backbone = self.teacher(self._spec(name), img_size).to(device := make_accelerator().device)
         if name == "teacher" or name in self.preset.extra_models: return backbone
         folder = self.folder/"raptors"/name
-        if folder.is_dir(): return RaptorBackbone(backbone, Raptor.from_pretrained(folder).to(device))
+        if folder.is_dir(): return RaptorBackbone(backbone, Raptor.from_pretrained(folder).to(device)).eval()
         raise RaptorError(f"{folder} does not exist; run the notebook train_raptor for it first.")
 def _pair(size): return tuple(size) if isinstance(size, list) else size
 
@@ -294,7 +294,7 @@ def validation(self:Study, model, # RecurrentBlock or Raptor in training
     whole = SimpleNamespace(features=features, parameters=model.parameters) # what heads need of a model
     def evaluate(step):
         model.eval() # `fit` returns to training mode
-        scores = evaluate_heads(whole, heads, data, workers=workers) if heads else {}
+        own = evaluate_heads(whole, heads, data, workers=workers) if heads else {}
         r2 = fidelity(model, source, start=start, end=end).per_layer()
-        return {"r2_end": float(r2[-1]), "r2_mean": float(r2.mean()), **{f"own_{metric}": value for metric, value in scores.items()}}
+        return {"r2_end": float(r2[-1]), "r2_mean": float(r2.mean()), **{f"own_{m}": value for m, value in own.items()}}
     return evaluate

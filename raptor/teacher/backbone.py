@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..core import RaptorError, atomic_path
 from ..core import fingerprint as hash_of
 from .models import build_model, check_plain, is_trunk, unwrapped
-from .stored import tensors_digest
+from .stored import first_not_finite, tensors_digest
 
 # %% ../../nbs/api/teacher/03_backbone.ipynb #75fdca8c
 def _num_heads(model): return next(m.num_heads for m in model.blocks.modules() if hasattr(m, "num_heads"))
@@ -248,6 +248,8 @@ def save(self:Backbone, path:str|Path, # destination; its name ends with .safete
     if path.suffix != ".safetensors":
         raise RaptorError(f"weights are saved as safetensors: name the file {path.with_suffix('.safetensors').name}.")
     tensors = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+    if weight := first_not_finite(tensors):
+        raise RaptorError(f"{path} is not written, because {weight} of {self.name} is not finite; lower its lr.")
     notes = {k: json.dumps(getattr(self, k)) for k in ("img_size", "grid", "mean", "std")}
     notes |= {"format": "pt", "name": self.name, "digest": tensors_digest(tensors)}
     with atomic_path(path) as t: save_file(tensors, t, notes)
