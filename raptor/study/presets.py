@@ -50,7 +50,6 @@ from raptor.study.specs import (
 )
 
 from ..core import RaptorError, check_name, fingerprint, paper_root, read_text
-from ..phases import Phases
 
 # isort: split
 
@@ -162,38 +161,30 @@ def _check_training(where:str, settings):
 
 def _check_models(preset):
     "Extra models are not trained here, and they and the variants have names of their own."
-    seen, variants = {"teacher"}, [*preset.variants, *preset.controls.variants]
+    seen, variants = {"teacher"}, [name.lower() for name in (*preset.variants, *preset.controls.variants)]
     for name, spec in preset.all_variants.items():
-        if re.match("k[0-9]", name) or variants.count(name) > 1:
+        if re.match("k[0-9]|(ablation|partitions|teacher)(-|$)", name.lower()) or variants.count(name.lower()) > 1:
             raise ValueError(f"variants: {name} is the name of another Raptor, or like one; choose another name.")
-        _check_variant(preset, name, spec)
+        _check_name(f"variants: {name}", name)
+        _check_start(f"variants: {name}", spec.block or preset.block, [spec.k])
+    _check_start("block", preset.block, preset.phases.ks)
     for name, spec in preset.extra_models.items():
-        raptor, _, replica = name.rpartition("-r")
-        own = replica.isdigit() and (re.fullmatch("[kK][0-9]+", raptor) or raptor in variants)
+        raptor, _, replica = name.lower().rpartition("-r")
+        own = replica.isdigit() and (re.fullmatch("k[0-9]+", raptor) or raptor in variants)
         if name.lower() in seen or own:
             raise ValueError(f"extra_models: {name} is the name of another model of the study; choose another name.")
-        if not isinstance(parse_yaml(name, "a name"), str): # it is also the value of a --param
-            raise ValueError(f"extra_models: {name} reads as a number or a truth value; choose another name.")
+        _check_name(f"extra_models: {name}", name)
         if spec.train is not None:
             raise ValueError(f"extra_models: {name}: only the teacher is trained; give pretrained or weights.")
         seen.add(name.lower())
 
-def _check_variant(preset, name, spec):
-    "The numbers of a variant, compared with each other and with the preset."
-    block, where = spec.block or preset.block, f"variants: {name}"
-    if spec.ends is not None:
-        try: phases = Phases(spec.ends)
-        except RaptorError as error: raise ValueError(f"{where}: {error}") from error
-        if phases.k != spec.k:
-            raise ValueError(f"{where}: the ends {spec.ends} make {phases.k} phases for k = {spec.k}; change one.")
-    for stops in (spec.stops, *spec.grids):
-        count = len(stops) if isinstance(stops, list) else stops
-        if count is not None and count < spec.k:
-            raise ValueError(f"{where}: {count} stops are fewer than its k = {spec.k} phases; give at least {spec.k}.")
-        if isinstance(stops, list) and stops != sorted(set(stops)):
-            raise ValueError(f"{where}: stops {stops} must increase; sort them.")
-    if block.start == "zero" and "low_rank" not in block.conditioning:
-        raise ValueError(f"{where}: a block that starts from zero needs conditioning: [low_rank]; add it.")
+def _check_name(where:str, name:str): # it is also the value of a --param
+    if isinstance(parse_yaml(name, "a name"), str): return
+    raise ValueError(f"{where} reads as a number or a truth value; choose another name.")
+
+def _check_start(where:str, block, ks):
+    if isinstance(block.start, int) and max(ks) > 1: # one layer lies in one phase
+        raise ValueError(f"{where}: start: {block.start} lies in one of k = {max(ks)} phases; say mean or middle.")
 
 def _check_probes(preset):
     "Probes, and the tasks that the teacher learns, which are the same."
