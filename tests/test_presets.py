@@ -188,7 +188,7 @@ def test_equal_presets_have_equal_fingerprints(tmp_path):
     *((lambda v, name=name: v.update(variants={name: {"k": 2}}), f"variants: {name} is the name of another Raptor")
       for name in ("k3", "k3x", "K2", "partitions", "ablation-less", "teacher")),
     (lambda v: v["controls"].update(variants={"Relaxed": {"k": 2}}), "variants: Relaxed is the name of another Raptor"),
-    (lambda v: v.update(variants={"1e5": {"k": 2}}), "variants: 1e5 reads as a number or a truth value"),
+    (lambda v: v.update(variants={"12": {"k": 2}}), "variants: 12 reads as a number or a truth value"),
     (lambda v: v.update(extra_models={"relaxed-r0": {"name": "x", "random": True}}), "extra_models: relaxed-r0 is the name"),
     (lambda v: v.update(block={"start": "maen"}), "block: start: unknown value 'maen'; did you mean 'mean'"),
     (lambda v: v.update(block={"start": "mean", "hidden": 8}), "block: hidden is the teacher's for a block with start: mean"),
@@ -278,7 +278,7 @@ def test_a_file_replaces_keys_of_its_base_as_a_whole(tmp_path, monkeypatch, file
     ({"mine.yaml": "base: mine.yaml"}, "preset mine.yaml: base: mine.yaml has this file as its base; end the circle."),
     ({"mine.yaml": "base: b.yaml", "b.yaml": "base: ./c.yaml", "c.yaml": "base: b.yaml"},
      "preset c.yaml: base: b.yaml has this file as its base; end the circle."),
-    ({f"{i}.yaml": f"base: {i + 1}.yaml" for i in range(9)}, "preset 8.yaml: base: more than 8 in a row; merge some"),
+    ({f"{i}.yaml": f"base: {i + 1}.yaml" for i in range(10)}, "preset 8.yaml: base: more than 8 in a row; merge some"),
     ({"mine.yaml": "base: smok"}, "preset mine.yaml: base: unknown preset 'smok'; did you mean 'smoke'"),
     ({"mine.yaml": "base: none.yaml"}, "preset mine.yaml: base: the preset file .*none.yaml does not exist"),
     ({"mine.yaml": "base: smoke.txt"}, "preset mine.yaml: base: unknown preset '.*smoke.txt'"),
@@ -549,11 +549,26 @@ def test_data_without_a_size_are_read_at_the_models(tmp_path):
     ((), (6, 3, 12, 0)), (("train_block",), (6, 0, 0, 0)), (("train_raptor",), (6, 3, 0, 0)), (("fig_norms",), (3, 1, 0, 0)),
     (("fig_similarity",), (0, 0, 0, 0)), (("fig_accuracy_r2",), (6, 3, 4, 0)), (("tab_probes",), (6, 3, 12, 0)),
     (("fig_partitions",), (0, 0, 0, 1)), (("tab_ablation",), (6, 3, 4, 2)), (("fig_norms", "fig_partitions"), (3, 1, 0, 1))])
-def test_the_dry_run_lists_what_is_asked_for(tmp_path, only, counts):
-    preset = load_preset("digits")
-    study = Study.open(changed(preset, phases=changed(preset.phases, ends=PAPER)), tmp_path)
-    lines = describe_runs(study, only=only).splitlines()
-    assert tuple(sum(line.startswith(kind) for line in lines) for kind in ("block ", "raptor ", "probe ", "control ")) == counts
+def test_the_dry_run_lists_what_is_asked_for(tmp_path, only, counts): assert counted(tmp_path, only) == counts
+
+
+@pytest.mark.parametrize("only,counts", [
+    ((), (6, 4, 15, 0)), (("train_raptor",), (6, 5, 0, 0)), (("tab_probes",), (6, 4, 15, 0)), (("fig_norms",), (3, 1, 0, 0)),
+    (("fig_similarity",), (0, 0, 0, 0)), (("fig_partitions",), (0, 0, 0, 1)), (("tab_blocks",), (6, 5, 0, 0))])
+def test_the_dry_run_lists_the_variants_that_are_asked_for(tmp_path, only, counts):
+    "One that is probed, and one that only a table of the controls reads."
+    probed, other = ({name: {"k": 3, "block": {"start": "mean"}}} for name in ("probed", "other"))
+    assert counted(tmp_path, only, probed, other) == counts
+
+
+def counted(folder, only, variants={}, others={}):
+    "The lines of a dry run, by kind, of the digits study with other variants."
+    values = yaml.safe_load(preset_path("digits").read_text())
+    values["variants"], values["controls"]["variants"] = variants, others
+    values["phases"]["ends"] = {k: list(e) for k, e in PAPER.items()}
+    (folder/"mine.yaml").write_text(yaml.safe_dump(values))
+    lines = describe_runs(Study.open(folder/"mine.yaml", folder), only=only).splitlines()
+    return tuple(sum(line.startswith(kind) for line in lines) for kind in ("block ", "raptor ", "probe ", "control "))
 
 
 def test_the_dry_run_of_a_stage_that_comes_first_lists_nothing_behind_it(tmp_path):
