@@ -120,7 +120,8 @@ def random_partitions(preset:Preset, # the study
     best, spec, seed = Phases(ends[control_k(preset, ends)]), preset.controls, preset.seeds["phases"]
     draws = min(spec.contiguous + 1, comb(best.depth - 1, best.k - 1)) # one more, for the max-cut may be drawn
     rivals = [p for p in random_segmentations(best.depth, best.k, draws, seed) if p != best]
-    fragmented = random_fragmented(best.counts, spec.fragmented, seed) if spec.fragmented else []
+    number = spec.fragmented if preset.block.start == "scratch" else 0 # a copy of layers needs an interval
+    fragmented = random_fragmented(best.counts, number, seed) if number else []
     return {"contiguous": rivals[:spec.contiguous], "fragmented": fragmented}
 
 def _partition_runs(preset, ends) -> list[Run]: # one per replica
