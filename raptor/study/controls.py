@@ -50,7 +50,7 @@ def raptor_runs(preset:Preset, # the study
                 tuple(needs(k, r) if preset.stage1 is not None else ()))
             for k in sorted(ends) for r in range(preset.replicas)]
 
-def _seed(preset, replica:int) -> int: # shared by all variants and controls of a replica, which differ only in what they test
+def _seed(preset, replica:int) -> int: # of all variants and controls of a replica, which differ in what they test
     return preset.seeds.get("control", 2000) + replica
 
 def variant_runs(preset:Preset, # the study
