@@ -50,6 +50,9 @@ def raptor_runs(preset:Preset, # the study
                 tuple(needs(k, r) if preset.stage1 is not None else ()))
             for k in sorted(ends) for r in range(preset.replicas)]
 
+def _seed(preset, replica:int) -> int: # of all variants and controls of a replica, which differ in what they test
+    return preset.seeds.get("control", 2000) + replica
+
 def variant_runs(preset:Preset, # the study
     names, # of variants
 ) -> list[Run]: # one for each variant and replica
@@ -87,9 +90,6 @@ def control_k(preset:Preset, # the study
     if k in ends: return k
     raise RaptorError(f"preset {preset.name}: controls: k is {k}, but there are Raptors only for k = {sorted(ends)}; "
                       "choose one.")
-
-def _seed(preset, replica:int) -> int: # shared by all controls of a replica, which differ only in what they test
-    return preset.seeds.get("control", 2000) + replica
 
 # %% ../../nbs/api/study/04_controls.ipynb #dda417e5
 ABLATION = {
