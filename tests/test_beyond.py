@@ -385,12 +385,12 @@ def test_every_choice_of_stops_gets_its_share_of_the_steps_and_reads_its_own_sta
     assert objective.wanted == (0, 1, 2, 3, 4, 5, 6)
     states = torch.arange(7.).reshape(1, 7, 1, 1).expand(2, 7, 3, 8)
     drawn = [objective.draw(states, step) for step in range(300)]
-    for path, read in drawn: assert read[0, :, 0, 0].tolist() == [0, *(end for _, end in path)]
-    counts = [sum(len(path) == n for path, _ in drawn) for n in (6, 3, 2)]
+    for view, read in drawn: assert read[0, :, 0, 0].tolist() == [0, *(end for _, end in view.path(0))]
+    counts = [sum(view.num_steps == n for view, _ in drawn) for n in (6, 3, 2)]
     assert sum(counts) == 300 and min(counts) > 70, counts # 100 each, by the seed alone
-    assert [len(p) for p, _ in drawn] == [len(objective.draw(states, s)[0]) for s in range(300)]
-    assert [len(p) for p, _ in drawn] != [len(SpanObjective(raptor, 0, replace(config, seed=4), grids=GRIDS, end=6)
-                                              .draw(states, s)[0]) for s in range(300)]
+    other = SpanObjective(raptor, 0, replace(config, seed=4), grids=GRIDS, end=6)
+    again, others = ([o.draw(states, s)[0].num_steps for s in range(300)] for o in (objective, other))
+    assert [view.num_steps for view, _ in drawn] == again != others
 
 
 def test_an_elastic_raptor_learns_all_its_stops():

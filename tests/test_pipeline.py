@@ -159,8 +159,8 @@ def test_ctrl_c_before_anything_runs_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("name,ends", [("smoke", {2: (3, 6)}), ("digits", {2: (5, 12), 3: (5, 9, 12)})])
 def test_the_checkpoints_of_every_run_are_found(tmp_path, name, ends):
     preset = load_preset(name)
-    runs = [(f"train_{r.kind}", r.params, r.folder) for r in all_runs(preset, ends).values()]
-    runs += [("train_control", {"name": r.name, **r.params}, r.folder) for r in control_runs(preset, ends).values()] + [("train_teacher", {}, "teacher")]
+    runs = [*all_runs(preset, ends).values(), *control_runs(preset, ends).values()]
+    runs = [(f"train_{r.kind}", ({"name": r.name} if r.kind == "control" else {}) | r.params, r.folder) for r in runs] + [("train_teacher", {}, "teacher")]
     for *_, folder in runs:
         for path in (tmp_path/folder, tmp_path/folder/"one-of-many"): path.mkdir(parents=True); (path/"checkpoint.safetensors").touch()
         (tmp_path/folder/"result.csv").touch()

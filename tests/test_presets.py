@@ -403,7 +403,7 @@ def test_names_and_files(tmp_path):
 
 
 def test_the_runs_of_the_paper():
-    preset = changed(load_preset("smoke"), replicas=3, extra_models={"small": {}})
+    preset = changed(load_preset("smoke"), replicas=3, extra_models={"small": {}}, variants={})
     blocks, raptors, probes = block_runs(preset, PAPER), raptor_runs(preset, PAPER), probe_runs(preset, PAPER)
     assert (len(blocks), len(raptors), len(probes)) == (18, 9, 33)
     assert sorted(r.params["seed"] for r in blocks if r.params["replica"] == 1) == list(range(106, 112))
