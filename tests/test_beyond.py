@@ -429,7 +429,7 @@ def test_experts_are_kept_apart_in_training():
     raptor, states = Raptor.create(Phases((6,)), 8, 2, **settings), next(Turning().batches(4, seed=1, steps=1))
     plain = SpanObjective(raptor, 0, TrainConfig(steps=10, expert_weights=(0, 0, 0)))(states, 0)
     whole = SpanObjective(raptor, 0, TrainConfig(steps=10, expert_weights=(1, 2, 3)))(states, 0)
-    bank = raptor.blocks[0].changes["experts"].bank(raptor.blocks[0].own_weights())
+    bank = raptor.blocks[0].changes["experts"].bank(raptor.blocks[0].own_weights()).detach()
     cosines = [float(torch.cosine_similarity(bank[i], bank[j], dim=0))**2 for i, j in ((0, 1), (0, 2), (1, 2))]
     expected = 1*0 + 2*math.log(3)**2 + 3*sum(cosines)/3 # equal gates at the start
     assert float(whole["experts"]) == pytest.approx(expected, rel=1e-5) and float(plain["experts"]) == 0
