@@ -108,7 +108,8 @@ def _plot(models, k):
         axes = new_axes(nrows=-(-len(models)//columns), ncols=columns, squeeze=False,
                         figsize=(3.6*columns, 3.2*-(-len(models)//columns))).ravel()
     for ax, model in zip(axes, models):
-        plot_similarity(_first(model["matrices"])[1], _first(model["cuts"])[1][k-1]["ends"], ax, model["name"])
+        title = model["name"].replace(" (", "\n(")
+        plot_similarity(_first(model["matrices"])[1], _first(model["cuts"])[1][k-1]["ends"], ax, title)
     for ax in axes[len(models):]: ax.remove()
     return axes[0]
 
@@ -127,9 +128,9 @@ def write_report(models:list[dict], # from `measure`, each with its name and, fo
     with atomic_path(folder/"distance.csv") as t: _distances(models).to_csv(t, index=False)
     random = any(m["warning"] for m in models)
     save_figure(_plot(models, k), folder/"similarity", "random weights: not trained" if random else "")
-    names = ", ".join(m["name"] for m in models)
+    title = f"Phases of {models[0]['name'] if len(models) == 1 else f'{len(models)} models'}"
     (folder/"phases.html").unlink(missing_ok=True) # perhaps of other models
-    try: layer_page(models, folder/"phases.html", k, f"Phases of {names}", record["images"], record["code"])
+    try: layer_page(models, folder/"phases.html", k, title, record["images"], record["code"])
     except RaptorError as e: print(f"phases.html is left out: {e}", file=sys.stderr)
     return [folder/name for name in FILES if (folder/name).exists()]
 
