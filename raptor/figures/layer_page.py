@@ -33,10 +33,9 @@ def _data(models):
     matrices = [{k: {m: plain(d) for m, d in by.items()} for k, by in model["matrices"].items()} for model in models]
     cuts = [{k: {m: list(map(_row, rows)) for m, rows in by.items()} for k, by in model["cuts"].items()}
             for model in models]
-    shown = [{**{k: model[k] for k in ("name", "about", "warning")}, "matrices": m, "cuts": c}
-             for model, m, c in zip(models, matrices, cuts)]
-    found = any(r["recursive"] for c in cuts for by in c.values() for rows in by.values() for r in rows)
-    return {"models": shown, "recursive": found}
+    solved = [any(r["recursive"] for by in c.values() for rows in by.values() for r in rows) for c in cuts]
+    return {"models": [{**{k: model[k] for k in ("name", "about", "warning")}, "matrices": m, "cuts": c, "solved": s}
+                       for model, m, c, s in zip(models, matrices, cuts, solved)]}
 
 # %% ../../nbs/api/figures/04_layer_page.ipynb #0351c5fa
 def layer_page(models:list, # dictionaries: name, about, warning ("" if none), matrices as from `compare_layers`, and

@@ -119,6 +119,8 @@ def write_report(models:list[dict], # from `measure`, each with its name and, fo
     record:dict, # from `run_record`, with the name of the images
 ) -> list[Path]: # the files written; without plotly, all but the page
     "phases.json, distance.csv, similarity.png and .pdf, and the interactive page phases.html."
+    import matplotlib.pyplot as plt
+
     from raptor.figures.layer_page import layer_page
     from raptor.figures.style import save_figure
     found = [dict(name=m["name"], **m["identity"], tokens=_first(m["cuts"])[0], metric="cosine",
@@ -127,7 +129,9 @@ def write_report(models:list[dict], # from `measure`, each with its name and, fo
     write_json(folder/"phases.json", {"made_by": MADE_BY, "k": k, **alone, "models": found, "record": record})
     with atomic_path(folder/"distance.csv") as t: _distances(models).to_csv(t, index=False)
     random = any(m["warning"] for m in models)
-    save_figure(_plot(models, k), folder/"similarity", "random weights: not trained" if random else "")
+    ax = _plot(models, k)
+    save_figure(ax, folder/"similarity", "random weights: not trained" if random else "")
+    plt.close(ax.figure)
     title = f"Phases of {models[0]['name'] if len(models) == 1 else f'{len(models)} models'}"
     (folder/"phases.html").unlink(missing_ok=True) # perhaps of other models
     try: layer_page(models, folder/"phases.html", k, title, record["images"], record["code"])
