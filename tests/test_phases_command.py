@@ -244,7 +244,7 @@ def test_bad_input_is_one_sentence(home, capsys, monkeypatch, argv, words):
     make_bad(home)
     status, _, err = run(capsys, "phases", *argv)
     assert status == 1 and len(err) == 1 and err[0].startswith("raptor: ") and words in err[0], err
-    assert not list(home.rglob("phases.json"))
+    assert not list(home.rglob("phases.json")) and not (home/"home"/"phases").exists(), "a refused command leaves nothing"
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "someone/their-vit"])
 def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path, model):

@@ -80,7 +80,7 @@ MADE_BY = "raptor phases"
 FILES = ("phases.json", "distance.csv", "similarity.png", "similarity.pdf", "phases.html")
 
 def check_output(folder:str|Path, # where the report is to be written
-) -> Path: # the folder, existing
+) -> Path: # the folder, which is made when the first file is written
     "Refuse a folder that holds something else, or that cannot be written."
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir(): raise RaptorError(f"{folder} is a file; name a folder with --out.")
@@ -91,8 +91,9 @@ def check_output(folder:str|Path, # where the report is to be written
         except RaptorError: pass # not ours
     if there and (not isinstance(about, dict) or about.get("made_by") != MADE_BY):
         raise RaptorError(f"{folder} is not empty and holds no report of {MADE_BY}; name another folder with --out.")
-    try: return check_writable(folder)
+    try: check_writable(next(p for p in (folder, *folder.parents) if p.exists()))
     except RaptorError as e: raise with_cure(e, "name another folder with --out") from e
+    return folder
 
 def _distances(models): # tidy
     rows = [dict(model=model["name"], token_kind=kind, metric=metric, layer_i=i, layer_j=j, distance=value)
