@@ -38,7 +38,7 @@ def linear_cka(products, # (L, L), from `gram_products`, perhaps summed over gro
 # %% ../../nbs/api/analysis/05_layers.ipynb #c2cf179d
 METRICS = ("cosine", "mse", "cka") # 1 - cos in 0..2; mean squared difference over the width; 1 - CKA
 _GROUP, _BATCH_BYTES = 512, 1 << 27 # images of a Gram matrix; states of a batch
-_SAME = 1e-9 # 1 - CKA below it is rounding: up to 2.4e-13 in an untrained DINOv2 ViT-S, whose layers hardly turn a patch
+_SAME = 1e-9 # 1 - CKA below it is rounding: up to 2.4e-13 in the patches of an untrained DINOv2 ViT-S
 
 def _kinds(states, source): # {kind: (b, L, tokens, D)}
     cls, prefix = int(getattr(source, "has_cls", source.num_prefix > 0)), source.num_prefix
