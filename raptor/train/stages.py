@@ -32,6 +32,8 @@ class TrainConfig(FitConfig):
     expert_weights:tuple = (1e-2, 1e-3, 1e-3) # of the balance, z and diversity of experts, where there are any
 
 # %% ../../nbs/api/train/03_stages.ipynb #7cdddaa4
+def _blocks(model): return [module for module in model.modules() if isinstance(module, RecurrentBlock)]
+
 class SpanObjective(nn.Module):
     "Lambda * TF + (1 - lambda) * AR of `model` on the states start..end."
     def __init__(self, model:nn.Module, # RecurrentBlock or Raptor
@@ -131,8 +133,6 @@ def train_span(source, # trajectory source, live or cached
     if isinstance(model, RecurrentBlock): model.span = (start, end)
     model.eval()
     return history
-
-def _blocks(model): return [module for module in model.modules() if isinstance(module, RecurrentBlock)]
 
 def _check_source(model, source):
     "Refuse blocks that share weights, or that learned the trajectories of another teacher, dataset or precision."
