@@ -123,7 +123,7 @@ def test_checksums(benchmark, request, stores, epochs):
         with patch.object(cache_module, "check_file", lambda fd, path, size, checksum: warm(fd, size)): read()
     read(); unchecked()
     times = []
-    benchmark.pedantic(read, setup=lambda: times.append(seconds(unchecked)), rounds=7)
+    benchmark.pedantic(read, setup=lambda: times.append(seconds(unchecked)), rounds=3)
     if benchmark.disabled: return
     ours, other = benchmark.stats.stats.min, min(times)
     request.config.stash[ROWS].append({"work": f"{folder.name[:-1]}, checksums, {epochs} epochs", "with, s": ours, "without, s": other, "cost": ours/other - 1})
