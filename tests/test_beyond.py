@@ -382,7 +382,7 @@ def elastic(seed=0):
 def test_every_choice_of_stops_gets_its_share_of_the_steps_and_reads_its_own_states():
     config, raptor = TrainConfig(steps=300, batch_size=2, seed=3), elastic()
     objective = SpanObjective(raptor, 0, config, grids=GRIDS, end=6)
-    assert objective.wanted == (0, 1, 2, 3, 4, 5, 6)
+    assert objective.wanted == [0, 1, 2, 3, 4, 5, 6]
     states = torch.arange(7.).reshape(1, 7, 1, 1).expand(2, 7, 3, 8)
     drawn = [objective.draw(states, step) for step in range(300)]
     for view, read in drawn: assert read[0, :, 0, 0].tolist() == [0, *(end for _, end in view.path(0))]

@@ -47,7 +47,9 @@ class SpanObjective(nn.Module):
         super().__init__()
         self.model, self.start, self.config = model, start, config
         self.loss = StateLoss(config.loss, tuple(config.token_weights), num_prefix, has_cls)
-        self.views, self.end = (model, *map(model.at, grids)) if grids else (model,), end
+        self.views = (model, *map(model.at, grids)) if grids else (model,)
+        self.stops = [[start, *(b for _, b in view.path(start, end))] for view in self.views] if grids else []
+        self.wanted = sorted({s for stops in self.stops for s in stops}) # states that are read, with grids
         check_name(config.targets, ("all", "last"), "targets")
 
     def forward(self, states:Tensor, # (B, n+1, N, D) true states: `start` and the n that the model stops at next
@@ -72,15 +74,8 @@ class SpanObjective(nn.Module):
     def draw(self, states:Tensor, step:int) -> tuple[nn.Module, Tensor]:
         "The model, and the states that it stops at: with grids, at the stops that the seed and the step draw."
         if len(self.views) == 1: return self.model, states
-        view, wanted = self.views[seed_for("grid", self.config.seed, step) % len(self.views)], self.wanted
-        return view, states[:, [wanted.index(s) for s in (self.start, *self.stops(view))]]
-
-    def stops(self, view) -> list: return [b for _, b in view.path(self.start, self.end)]
-
-    @property
-    def wanted(self) -> tuple: # states that it reads, with grids
-        "The states that any choice of stops leads to."
-        return tuple(sorted({self.start, *(s for view in self.views for s in self.stops(view))}))
+        i = seed_for("grid", self.config.seed, step) % len(self.views)
+        return self.views[i], states[:, [self.wanted.index(s) for s in self.stops[i]]]
 
     def weight(self, step:int) -> float:
         "Lambda at a step."
@@ -121,7 +116,7 @@ def train_span(source, # trajectory source, live or cached
     has_cls = getattr(source, "has_cls", source.num_prefix > 0)
     objective = SpanObjective(model, start, config, source.num_prefix, has_cls, grids, end)
     device = device or make_accelerator(config.precision).device
-    wanted = objective.wanted if grids else (start, *(b for _, b in model.path(start, end)))
+    wanted = tuple(objective.wanted) if grids else (start, *(b for _, b in model.path(start, end)))
     reads = {"start": start, "end": end} if len(wanted) == end - start + 1 else {"states": wanted}
     def batches(first_step, rank, world):
         return source.batches(config.batch_size, **reads, seed=config.seed, first_step=first_step,
