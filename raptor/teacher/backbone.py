@@ -6,6 +6,7 @@
 __all__ = ['FrozenViT', 'Backbone']
 
 # %% ../../nbs/api/teacher/03_backbone.ipynb #c085af81
+import copy as copying
 import hashlib
 import json
 import math
@@ -25,7 +26,10 @@ from torch import Tensor, nn
 
 from ..core import RaptorError, atomic_path
 from ..core import fingerprint as hash_of
-from .models import build_model, check_plain, is_trunk, unwrapped
+from .describe import known_as
+from .face import TimmFace
+from .foreign import check_states, convert, find_tower
+from .models import build_model, check_patches, check_plain, check_size, is_trunk, unwrapped
 from .stored import first_not_finite, tensors_digest
 
 # %% ../../nbs/api/teacher/03_backbone.ipynb #75fdca8c
@@ -99,23 +103,39 @@ def _three(values, what):
     raise RaptorError(f"{what} is {values!r}, and must be three finite numbers{' above 0' * (what == 'std')}.")
 
 # %% ../../nbs/api/teacher/03_backbone.ipynb #d1564912
-class Backbone(FrozenViT):
-    "A plain, frozen vision transformer of timm, with access to the state after any layer."
+class Backbone(TimmFace, FrozenViT):
+    """A plain, frozen vision transformer of timm, with access to the state after any layer and timm's own interface.
+
+    A model of torchvision or transformers is converted to the timm model that computes the same states. Raises
+    `RaptorError` for a model that is not plain, or that no model of timm equals."""
     fingerprint: str # these are defined below
     save: Callable[..., Path]
     identity: Callable[..., dict]
     source = "given" # where the weights are from: given | pretrained | file | random | trained
 
-    def __init__(self, model:nn.Module, # a `VisionTransformer` or `Eva` of timm, perhaps compiled or in `DataParallel`
-        name:str, # its timm name; part of the fingerprint
-        settings:dict|None=None, # further timm arguments that it was created with; part of the fingerprint
+    def __init__(self, model:nn.Module, # a `VisionTransformer` or `Eva` of timm, or one that is converted
+        name:str|None=None, # its timm name; part of the fingerprint; None: as timm noted it, or found
+        settings:dict|None=None, # further timm arguments of its creation; part of the fingerprint; None: found
+        img_size:int|tuple[int, int]|None=None, # (height, width), multiples of the patch; None: its own
+        mean:float|tuple[float, float, float]|None=None, # of the images; None: as the model knows, or timm's for `name`
+        std:float|tuple[float, float, float]|None=None, # likewise
+        copy:bool=True, # leave `model` as it is; False: freeze (and resize) a timm model in place, without more memory
     ):
         super().__init__()
-        self.model, self.name, self.settings = unwrapped(model), name, dict(settings or {})
-        check_plain(self.model, name)
-        self._prepare(**{k: timm.data.resolve_model_data_config(self.model)[k] for k in ("mean", "std")})
+        model = unwrapped(model)
+        tower, known = find_tower(model), {}
+        if tower is not None: self.model, self.name, self.settings, known = convert(tower, name, img_size)
+        else:
+            check_plain(model, name or "the model")
+            self.name, self.settings = known_as(model, name, settings)
+            self.model = copying.deepcopy(model) if copy else model
+        if img_size is not None and check_size(img_size) != self.img_size: self._resize(check_size(img_size))
+        own = timm.data.resolve_model_data_config(self.model)
+        given = {"mean": mean, "std": std}
+        self._prepare(**{k: known.get(k, own[k]) if v is None else v for k, v in given.items()})
         self.freeze()
         _check_forward(self)
+        if tower is not None: check_states(self, tower)
 
     @classmethod
     def create(cls, name:str, # any timm name; a tag as in "vit_base_patch16_224.mae" chooses weights and normalisation
@@ -128,11 +148,16 @@ class Backbone(FrozenViT):
     ) -> "Backbone":
         "Create a frozen backbone; raises `RaptorError` for an unknown or unsupported model and for unreadable weights."
         model, saved = build_model(name, pretrained, weights, img_size, timm_kwargs)
-        backbone = cls(model, name, timm_kwargs)
+        backbone = cls(model, name, timm_kwargs, copy=False)
         given = {"mean": saved.get("mean") if mean is None else mean, "std": saved.get("std") if std is None else std}
         backbone._prepare(**{k: v for k, v in given.items() if v is not None})
         backbone.source = "file" if weights is not None else "pretrained" if pretrained else "random"
         return backbone
+
+    def _resize(self, size):
+        "Resample the position table as timm does."
+        self.model.set_input_size(img_size=size)
+        check_patches(self.model, self.name)
 
     def _prepare(self, **given): # mean, std
         "Note how images are prepared where timm looks for it."
@@ -175,8 +200,8 @@ class Backbone(FrozenViT):
             yield state
 
     def advance(self, state:Tensor, # (B, N, D), the state after layer `start`
-        start:int, # 0..depth
-        end:int, # start..depth
+        start:int=0, # 0..depth
+        end:int|None=None, # start..depth; None: depth
     ) -> Tensor: # (B, N, D), the state after layer `end`
         "Run blocks start+1..end: a pure function of the state."
         for state in self.states(state, start, end): pass
@@ -192,25 +217,11 @@ class Backbone(FrozenViT):
 
     def norm(self, state:Tensor, # (..., N, D)
     ) -> Tensor: # (..., N, D)
-        "The model's final norm, applied to every token."
+        """The model's final norm, applied to every token.
+
+        A model that normalises after pooling (timm's `fc_norm`) has no norm of tokens, and timm's `forward_features`
+        returns them as they are; here this norm is applied to each of them, which is not the norm of their mean."""
         return self.model.fc_norm(state) if isinstance(self.model.norm, nn.Identity) else self.model.norm(state)
-
-    def features(self, images:Tensor, # (B, 3, H, W), normalised
-    ) -> Tensor: # (B, N, D)
-        "norm(state L): the input of a probe."
-        return self.norm(self.advance(self.embed(images), 0, self.depth))
-
-    forward = features
-
-    def patches(self, state:Tensor, # (..., N, D)
-    ) -> Tensor: # (..., rows * columns, D), row by row
-        "The patch tokens."
-        return state[..., self.num_prefix:, :]
-
-    def cls(self, state:Tensor, # (..., N, D)
-    ) -> Tensor: # (..., D)
-        "The class token, or the mean of the patches if the model has none."
-        return state[..., 0, :] if self.has_cls else self.patches(state).mean(-2)
 
 # %% ../../nbs/api/teacher/03_backbone.ipynb #4b9fdaf4
 _without_effect = "num_classes", "cache_dir"
@@ -236,7 +247,8 @@ def identity(self:Backbone) -> dict: # JSON-serialisable: name, timm, source, im
     blocks = tensors_digest({k: v for k, v in blocks.items() if not k.startswith("rope.")})
     known = {"name": self.name, "timm": json.loads(json.dumps(self.settings, default=str)), "source": self.source,
              "img_size": list(self.img_size), "mean": list(self.mean), "std": list(self.std)}
-    if re.fullmatch(r"vit_[a-z]+_patch14_dinov2(\..*)?", self.name) and self.grid != (37, 37):
+    own = self.source == "given" or self.grid == (37, 37) # a model in hand brings a table for its own grid
+    if re.fullmatch(r"vit_[a-z]+_patch14_dinov2(\..*)?", self.name) and not own:
         known["note"] = "position table resampled as timm does it; Meta's rule differs by about 1 % of state 0"
     return {**known, "fingerprint": self.fingerprint, "blocks": blocks}
 
