@@ -33,7 +33,7 @@ CLASSES = { # name -> (class, configuration, timm's name, prefix tokens, takes i
     "DINOv3, no bias": ("DINOv3ViT", dict(query_bias=False, value_bias=False), "vit_base_patch16_dinov3", 1, True),
     "DINOv3, SwiGLU": ("DINOv3ViT", GATED, "vit_huge_plus_patch16_dinov3_qkvb", 3, True),
     "CLIP": ("CLIPVision", {}, "vit_base_patch16_clip_quickgelu_224", 1, True),
-    "LAION's CLIP": ("CLIPVision", dict(hidden_act="gelu", patch_size=16), "vit_base_patch16_clip_224", 1, True),
+    "LAION's CLIP": ("CLIPVision", dict(hidden_act="gelu", patch_size=16), "vit_xsmall_patch16_clip_224", 1, True),
     "SigLIP": ("SiglipVision", {}, "vit_base_patch32_siglip_256", 0, True),
     "torchvision": (None, {}, "vit_base_patch8_224", 1, False)}
 HF = [name for name in CLASSES if name != "torchvision"]
@@ -265,7 +265,7 @@ def test_transformers_is_not_imported_for_other_models():
 TINY = dict(depth=3, embed_dim=48, num_heads=2)
 
 @pytest.mark.parametrize("name, settings", [
-    ("vit_tiny_patch16_224", TINY), ("vit_tiny_patch16_224.augreg_in21k", dict(TINY, patch_size=8, mlp_ratio=3.3)),
+    ("vit_tiny_patch16_224", TINY), ("vit_tiny_patch16_224.augreg_in21k", dict(TINY, patch_size=8, mlp_ratio=3.5)),
     ("vit_small_patch14_reg4_dinov2", dict(TINY, reg_tokens=2)), ("vit_small_patch16_dinov3", dict(TINY, qkv_bias=True)),
     ("vit_giant_patch14_dinov2", TINY), ("vit_base_patch16_clip_224", dict(TINY, act_layer="quick_gelu")),
     ("eva02_tiny_patch14_224", dict(depth=2)), ("vit_nano_patch4_reg4_24", {})])

@@ -134,7 +134,8 @@ def _choose(tower, state, size, name):
     for n in sorted(names, key=lambda n: (len(all_settings[n]), facts_of(n)[1] != size, n != hint)):
         try: return n, all_settings[n], _fitted(shell(n, img_size=size, **all_settings[n]), state)
         except RaptorError as e: why = why or str(e)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as e: why = why or " ".join(str(e).split())[:160]
+        except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as e: # of timm
+            why = why or f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
     raise _refusal(tower, f"{'no model of timm' if len(names) > 1 else name} computes the same ({why})",
                    "create a plain vision transformer of timm")
 
@@ -159,7 +160,7 @@ def _merge(state, at, own):
             state[f"{at}gamma_{i}"] = scale # an `Eva`'s name of a LayerScale
 
 def _fitted(model, state):
-    "The weights as `model` has them; raises `RaptorError` if one of its trunk is missing, too many or of another shape."
+    "The weights as `model` has them; `RaptorError` if one is missing, too many or of another shape."
     own, state = model.state_dict(), dict(state)
     for i in range(len(model.blocks)): _merge(state, f"blocks.{i}.", own)
     for kind in "weight", "bias":
@@ -252,6 +253,6 @@ def check_states(backbone:nn.Module, # with `trajectory`, `img_size` and `name`
     with torch.no_grad(): ours = backbone.trajectory(image)[0].float()
     theirs = torch.cat(own_states(tower, image)).float()
     error = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12) if ours.shape == theirs.shape else 1.
-    if not error < torch.finfo(weight.dtype).eps**0.5:
+    if not error < max(torch.finfo(dtype).eps for dtype in (weight.dtype, torch.float32))**0.5: # rotary: float32
         raise _refusal(tower, f"its states differ from those of {backbone.name} by {error:.2g} on an image, so it does "
                        "more than embedding, layers and norm", "take what it adds out of its forward pass")
