@@ -14,8 +14,9 @@ NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" fo
 PAPER = [p for p in NOTEBOOKS if p.parent == NBS/"paper"]
 MODULES = [p for p in NOTEBOOKS if NBS/"api" in p.parents]
 STAGES = {"train_teacher", "cache_activations", "find_phases", "train_block", "train_raptor", "train_probe", "train_control"}
-FIGURES = "accuracy_r2 basins coherence convergence epsilon norms partitions perturbation rank similarity speed stochastic_depth swaps"
-PAPER_ITEMS = STAGES | {f"fig_{n}" for n in FIGURES.split()} | {f"tab_{n}" for n in ("ablation", "cost", "probes", "segmentations")} | {"summary"}
+FIGURES = "accuracy_r2 basins coherence convergence epsilon norms partitions perturbation rank similarity speed stochastic_depth swaps \
+    fidelity pareto programs weight_recurrence"
+PAPER_ITEMS = STAGES | {f"fig_{n}" for n in FIGURES.split()} | {f"tab_{n}" for n in ("ablation", "blocks", "cost", "early_exit", "probes", "segmentations")} | {"summary"}
 SOURCES = [p for p in sorted((ROOT/"raptor").rglob("*.py")) if p.name != "_modidx.py"]
 
 

@@ -45,17 +45,18 @@ class SpanObjective(nn.Module):
         super().__init__()
         self.model, self.start, self.config = model, start, config
         self.loss = StateLoss(config.loss, tuple(config.token_weights), num_prefix, has_cls)
-        self.paths = [m.path(start, end) for m in (model, *map(model.at, grids))] if grids else None
+        self.views, self.end = (model, *map(model.at, grids)) if grids else (model,), end
         check_name(config.targets, ("all", "last"), "targets")
 
     def forward(self, states:Tensor, # (B, n+1, N, D) true states: `start` and the n that the model stops at next
         step:int, # 0-based; determines lambda and the noise
     ) -> dict[str, Tensor]: # scalars: loss, lambda, and those of tf and ar that were computed
         "The losses of a batch at a step."
-        path, states = self.draw(states, step)
+        model, states = self.draw(states, step)
+        path = model.path(self.start, count=states.shape[1] - 1)
         weight, noise = self.weight(step), self.noise(states, step) if self.config.noise else None
         tf, ar, kept = None, None, slice(-1 if self.config.targets == "last" else None, None)
-        if weight > 0: tf = self.model.transitions((states if noise is None else states + noise)[:, :-1], path)
+        if weight > 0: tf = model.predict_next(states if noise is None else states + noise, self.start)
         if weight == 0: ar = self.rollout(states[:, 0], 0, path, noise)[:, 1:]
         elif weight < 1: ar = self.rollout(tf[:, 0], 1, path, noise) # both begin with the same step
         pairs = {name: (p[:, kept], states[:, 1:][:, kept]) for name, p in (("tf", tf), ("ar", ar)) if p is not None}
@@ -66,17 +67,18 @@ class SpanObjective(nn.Module):
             out["loss"] = out["loss"] + out["experts"]
         return {**out, "lambda": torch.tensor(weight, device=states.device)}
 
-    def draw(self, states:Tensor, step:int) -> tuple[list, Tensor]:
-        "The path of a step, and its states: with grids, of the one that is drawn from the seed and the step."
-        if not self.paths: return self.model.path(self.start, count=states.shape[1] - 1), states
-        path = self.paths[seed_for("grid", self.config.seed, step) % len(self.paths)]
-        wanted = self.wanted
-        return path, states[:, [wanted.index(s) for s in (self.start, *(b for _, b in path))]]
+    def draw(self, states:Tensor, step:int) -> tuple[nn.Module, Tensor]:
+        "The model, and the states that it stops at: with grids, at the stops that the seed and the step draw."
+        if len(self.views) == 1: return self.model, states
+        view, wanted = self.views[seed_for("grid", self.config.seed, step) % len(self.views)], self.wanted
+        return view, states[:, [wanted.index(s) for s in (self.start, *self.stops(view))]]
+
+    def stops(self, view) -> list: return [b for _, b in view.path(self.start, self.end)]
 
     @property
     def wanted(self) -> tuple: # states that it reads, with grids
-        "The states that any of the paths stops at."
-        return tuple(sorted({self.start, *(b for path in self.paths for _, b in path)}))
+        "The states that any choice of stops leads to."
+        return tuple(sorted({self.start, *(s for view in self.views for s in self.stops(view))}))
 
     def weight(self, step:int) -> float:
         "Lambda at a step."
