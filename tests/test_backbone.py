@@ -169,11 +169,11 @@ def test_a_forward_pass_replaced_on_the_instance():
     lambda m: nn.DataParallel(torch.compile(m, backend="eager"))])
 def test_wrappers_are_taken_off(wrap):
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY)
-    assert Backbone(wrap(model), "vit_tiny_patch16_224").model is model
+    assert Backbone(wrap(model), "vit_tiny_patch16_224", copy=False).model is model
 
 
-HuggingFace = type("ViTModel", (nn.Module,), {"__module__": "transformers.models.vit"})
-HuggingFaceAttention = type("ViTSelfAttention", (nn.Module,), {"__module__": "transformers.models.vit"})
+HuggingFace = type("SwinModel", (nn.Module,), {"__module__": "transformers.models.swin"})
+HuggingFaceAttention = type("SwinSelfAttention", (nn.Module,), {"__module__": "transformers.models.swin"})
 
 def hugging_face():
     model = HuggingFace()
@@ -186,8 +186,8 @@ class Blocks(nn.Module): # as in the code of a paper
         self.blocks = nn.ModuleList([nn.MultiheadAttention(8, 2)])
 
 @pytest.mark.parametrize("model, said", [
-    (lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 48, 96), "it is torchvision's"),
-    (torchvision.models.resnet18, "convolutional"), (hugging_face, "it is Hugging Face's"),
+    (torchvision.models.swin_t, "of torchvision, only VisionTransformer can be converted"),
+    (torchvision.models.resnet18, "convolutional"), (hugging_face, "of transformers, only ViTModel, .* can be converted"),
     (Blocks, "its class comes from test_backbone and not from timm"), (lambda: nn.Linear(2, 2), "no attention")])
 def test_models_of_other_libraries_are_called_what_they_are(model, said):
     with pytest.raises(RaptorError, match=f"{said}.*create a plain vision transformer of timm"):
@@ -222,7 +222,7 @@ def test_what_other_libraries_call_it(name, known):
 @pytest.mark.parametrize("name, said", [
     ("vit_tiny_patch16_224.augreg", "unknown tag .* did you mean 'augreg_in21k"),
     ("vit_nano_patch4_reg4_24.mine", "unknown tag .* did you mean 'untrained'"), ("vit_tiny_patch16_244", "did you mean"),
-    (nn.Linear(2, 2), r"got a Linear; .* Backbone\(model, name\)"), (None, "got a NoneType"),
+    (nn.Linear(2, 2), r"got a Linear; .* Backbone\(model\)"), (None, "got a NoneType"),
     (Path("vit_tiny_patch16_224"), "got a PosixPath")])
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_names_that_are_none(name, said, pretrained):

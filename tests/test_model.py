@@ -370,7 +370,7 @@ def test_what_is_no_backbone_and_no_raptor():
     timm = pytest.importorskip("timm")
     backbone = backbone_like()
     for module, sentence in (
-        (timm.create_model("vit_nano_patch4_reg4_24"), r"EmbeddedTeacher .* Backbone\(model, name\)"),
+        (timm.create_model("vit_nano_patch4_reg4_24"), r"EmbeddedTeacher .* Backbone\(model\)"),
         (raptor_of(backbone), "the backbone is a Raptor"), (nn.Linear(2, 2), "the backbone is a Linear")):
         with pytest.raises(RaptorError, match=sentence): RaptorBackbone(module, raptor_of(backbone))
     with pytest.raises(RaptorError, match="the Raptor is a Backbone"): RaptorBackbone(backbone, backbone)

@@ -6,19 +6,20 @@
 __all__ = ['RaptorBackbone']
 
 # %% ../../nbs/api/model/07_as_backbone.ipynb #90b9001e
-from operator import attrgetter, index
+from operator import attrgetter
 
 from torch import Tensor, nn
 
 from ..core import RaptorError, fingerprint
+from ..teacher.face import TimmFace
 from .hub import creation
 from .raptor import Raptor
 from .recurrence import Recurrence
 from .tensors import weights_digest
 
 # %% ../../nbs/api/model/07_as_backbone.ipynb #c7a555c2
-class RaptorBackbone(Recurrence):
-    """A Raptor between the embedding and the final norm of its teacher.
+class RaptorBackbone(TimmFace, Recurrence):
+    """A Raptor between the embedding and the final norm of its teacher, with timm's interface.
 
     Raises `RaptorError` if their depth or width differ and, with `strict`, if the Raptor remembers another teacher.
     A Raptor that remembers none, such as an imported one, is accepted by depth and width alone."""
@@ -31,7 +32,7 @@ class RaptorBackbone(Recurrence):
         needed = ("embed", "norm", "depth", "dim", *(["identity"] if known else []))
         if missing := [name for name in needed if not hasattr(backbone, name)]:
             raise RaptorError(f"the backbone is a {type(backbone).__name__} without {missing[0]}; "
-                "wrap a timm model as Backbone(model, name) first.")
+                "wrap it as Backbone(model) first.")
         if not hasattr(raptor, "assignment"):
             raise RaptorError(f"the Raptor is a {type(raptor).__name__}; give RaptorBackbone(backbone, raptor).")
         for what in ("depth", "dim"):
@@ -45,7 +46,12 @@ class RaptorBackbone(Recurrence):
     depth, dim, num_heads, num_prefix, num_registers, num_tokens, has_cls, grid, img_size, mean, std = (
         property(attrgetter(f"backbone.{name}"), doc=f"`{name}` of the teacher.") for name in (
             "depth dim num_heads num_prefix num_registers num_tokens has_cls grid img_size mean std".split()))
-    num_features, embed_dim, num_prefix_tokens = dim, dim, num_prefix
+    stops_at = property(lambda self: [end for _, end in self.path(0)], doc="the layers after which there is a state")
+
+    def module_of(self, layer:int, # one of `stops_at`
+    ) -> str: # for `get_submodule`
+        "The block whose output is state `layer`."
+        return f"raptor.blocks.{self.raptor.assignment[layer - 1]}"
 
     @property
     def name(self) -> str: # such as raptor_k3_vit_base_patch14_reg4_dinov2
@@ -62,9 +68,6 @@ class RaptorBackbone(Recurrence):
     def advance(self, state, start=0, end=None): return self.raptor.advance(state, start, end)
     def rollout(self, state, start=0, end=None): return self.raptor.rollout(state, start, end)
     def path(self, start, end=None, count=None): return self.raptor.path(start, end, count)
-    def cls(self, state:Tensor) -> Tensor: return self.backbone.cls(state)
-    def patches(self, state:Tensor) -> Tensor: return self.backbone.patches(state)
-    def forward(self, images:Tensor) -> Tensor: return self.features(images)
 
     def embed(self, images:Tensor, # (B, 3, H, W), normalised for the teacher
     ) -> Tensor: # (B, N, D) state 0
@@ -84,35 +87,6 @@ class RaptorBackbone(Recurrence):
         "The final norm of the teacher."
         return self.backbone.norm(state)
 
-    def features(self, images:Tensor, # (B, 3, H, W), normalised for the teacher
-    ) -> Tensor: # (B, N, D)
-        "The last state after the final norm, the input of a probe."
-        return self.norm(self.advance(self.embed(images)))
-
-    def forward_features(self, images:Tensor) -> Tensor: return self.features(images) # timm's name of `features`
-
-    def forward_intermediates(self, images:Tensor, # (B, 3, H, W), normalised for the teacher
-        indices:int|list[int]|None=None, # as in timm: the last n stops, a list of layers (from 0), or all stops
-        return_prefix_tokens:bool=False, # pairs (patches, prefix) in place of patches
-        norm:bool=False, # apply the final norm
-        stop_early:bool=False, # stop at the last requested state, which the final features are then made of
-        output_fmt:str="NCHW", # or "NLC": (B, patches, D)
-        intermediates_only:bool=False, # omit the final features
-    ): # (features, intermediates), or the intermediates
-        "States of several layers in order of depth, as in timm."
-        if output_fmt not in ("NCHW", "NLC"):
-            raise RaptorError(f"output_fmt is {output_fmt!r}, and must be 'NCHW' or 'NLC'.")
-        stops = [end for _, end in self.path(0)]
-        layers = _layers(indices, self.depth, stops)
-        states = self.trajectory(images, end=layers[-1] if stop_early else self.depth)
-        outputs = []
-        for state in states[:, [1 + stops.index(layer) for layer in layers]].unbind(1):
-            state = self.norm(state) if norm else state
-            prefix, patches = state[:, :self.num_prefix], state[:, self.num_prefix:]
-            if output_fmt == "NCHW": patches = patches.transpose(1, 2).unflatten(2, tuple(self.grid)).contiguous()
-            outputs.append((patches, prefix) if return_prefix_tokens and self.num_prefix else patches)
-        return outputs if intermediates_only else (self.norm(states[:, -1]), outputs)
-
 def _check_teacher(found, wanted):
     "Compare two identities: weights, image size and normalisation."
     same = found["fingerprint"] == wanted["fingerprint"]
@@ -126,17 +100,3 @@ def _check_teacher(found, wanted):
             raise RaptorError(f"the Raptor's teacher saw images of {what} {wanted[what]}, and the backbone has "
                 f"{found[what]}; {cure}")
 
-def _layers(indices, depth, stops):
-    "The states that timm's `indices` select, in increasing order."
-    last = len(stops) if indices is None else indices
-    if isinstance(last, int) and 1 <= last <= len(stops): return stops[-last:]
-    try:
-        chosen = map(index, () if isinstance(last, str) else last)
-        layers = sorted({i + 1 if i >= 0 else depth + i + 1 for i in chosen})
-    except TypeError: layers = []
-    if missing := [layer for layer in layers if 1 <= layer <= depth and layer not in stops]:
-        raise RaptorError(f"the Raptor does not stop after layer {missing[0]}; choose from its stops {tuple(stops)}, "
-            "of which index i means layer i + 1.")
-    if layers and 1 <= layers[0] and layers[-1] <= depth: return layers
-    raise RaptorError(f"indices {indices!r} do not lie in the {depth} layers; "
-        f"give a list of 0..{depth - 1}, a number, or None for all.")
