@@ -127,10 +127,11 @@ def model_card(raptor, # a `Raptor`
         config, weights = block.config, sum(p.numel() for p in block.parameters())
         rows.append(f"| {j + 1} | {layers} | {config.num_heads} | {config.mlp}, {config.hidden} wide | {weights:,} |")
     data = card_data(raptor.teacher, license, library)
-    stated = data.get("license_name") or data.license or "not stated; that of the teacher's weights applies to them"
+    stated = data.get("license_name") or data.license or "not stated; that of the teacher's weights applies"
     backbone = creation(raptor.teacher, (run_record or {}).get("backbone") or "name of its teacher")
     return CARD.format(
-        header=data.to_yaml(), license=stated, title=f"Raptor, k = {raptor.k}", usage=usage.replace("{backbone}", backbone),
+        header=data.to_yaml(), license=stated, title=f"Raptor, k = {raptor.k}",
+        usage=usage.replace("{backbone}", backbone),
         k=raptor.k, depth=raptor.depth, dim=raptor.dim, phases="\n".join(rows),
         teacher=_table(raptor.teacher, "| property | value |", "not recorded"),
         metrics=_table(metrics, "| metric | value |", "not run"), record=_table(run_record, "| | |", "not recorded"))
