@@ -96,9 +96,10 @@ def card_data(teacher:Teacher|None, # None: not known
     base = None
     if teacher and teacher["name"].startswith("hf-hub:"): base = teacher["name"].removeprefix("hf-hub:").split("@")[0]
     elif teacher and teacher["source"] == "pretrained":
-        from timm.models import get_pretrained_cfg
-        known = get_pretrained_cfg(teacher["name"])
-        base, license = known.hf_hub_id, license or known.license
+        from timm.models import get_pretrained_cfg, is_model_pretrained
+        if is_model_pretrained(teacher["name"]):
+            known = get_pretrained_cfg(teacher["name"])
+            base, license = known.hf_hub_id, license or known.license
     other = {"license_name": license} if license and license not in LICENSES else {}
     return ModelCardData(library_name=library, pipeline_tag="image-feature-extraction", base_model=base,
         tags=["vision-transformer", "block-recurrent", "raptor"], license="other" if other else license, **other)
