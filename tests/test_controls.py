@@ -2,6 +2,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raptor.model.block import save_block
-from raptor.study.controls import ABLATION, block_runs, control_k, control_runs, random_partitions
+from raptor.study.controls import (
+    ABLATION, all_runs, block_runs, control_k, control_runs, probe_runs, random_partitions, variant_runs
+)
 from raptor.core import RaptorError
 from raptor.study.experiments import (
     assess, cached_source, order_accuracy, own_scores, test_images as images_of, train_one_stage, train_snapshots,
@@ -20,7 +23,9 @@ from raptor.model.raptor import Raptor
 from raptor.phases import FragmentedPhases, Phases
 from raptor.study.presets import load_preset, preset_path
 from raptor.study.results import published
+from raptor.study.specs import BlockSpec, VariantSpec
 from raptor.study.study import Study
+from raptor.study.variants import find_variant, new_raptor, study_phases, study_stops, variant_config
 from raptor.train.stages import TrainConfig
 
 ENDS = {2: (7, 12), 3: (7, 10, 12), 4: (4, 7, 10, 12)}
@@ -34,7 +39,7 @@ def changed(spec, **update): return spec.model_copy(update=update)
 def test_a_control_differs_in_what_it_is_about_and_shares_the_seeds_of_its_replica():
     preset = changed(load_preset("digits"), replicas=2)
     runs = control_runs(preset, ENDS)
-    assert len(runs) == 2*(2 + 1 + len(preset.controls.drop_paths))
+    assert len(runs) == 2*(2 + 1 + len(preset.controls.drop_paths) + len(preset.controls.variants))
     for r in (0, 1):
         ours = [run for run in runs.values() if run.params["replica"] == r]
         assert {run.params["seed"] for run in ours if not run.name.startswith("ablation")} == {2000 + r}
@@ -95,6 +100,82 @@ def test_parameters_survive_the_command_line():
     "The Snakefile writes NAME=VALUE with Python's repr, the command reads YAML."
     for run in control_runs(load_preset("digits"), ENDS).values():
         for key, value in run.params.items(): assert yaml.safe_load(f"{value}") == value, key
+
+
+# ---- variants
+
+RELAXED = BlockSpec(start="mean", conditioning=["vectors", "low_rank"], rank=2)
+
+
+def with_variants(preset, probed=(), others=()):
+    spec = VariantSpec(k=2, block=RELAXED)
+    controls = changed(preset.controls, variants=dict.fromkeys(others, spec))
+    return changed(preset, variants=dict.fromkeys(probed, spec), controls=controls)
+
+
+def test_the_variants_of_a_replica_share_one_seed():
+    preset = changed(with_variants(load_preset("digits"), ["a", "b"], ["c"]), replicas=2)
+    runs = variant_runs(preset, preset.variants)
+    assert [(r.kind, r.name, r.folder, r.params, r.needs) for r in runs] == [
+        ("raptor", f"{name}-r{r}", f"raptors/{name}-r{r}", {"ends": [], "variant": name, "replica": r, "seed": 2000 + r}, ())
+        for name in ("a", "b") for r in (0, 1)]
+    assert [r.params["seed"] for r in control_runs(preset, ENDS).values() if r.params.get("variant") == "c"] == [2000, 2001]
+    probes = {r.name: r for r in probe_runs(preset, ENDS)}
+    first = preset.probes["depth"].seed
+    assert [probes[f"{model}-depth"].params["seed"] - first for model in ("a-r0", "b-r0", "a-r1", "b-r1")] == [500, 500, 501, 501]
+    assert probes["b-r1-depth"].needs == (("raptor", "b-r1"),) and "c-r0-depth" not in probes
+    assert ("raptor", "a-r0") in all_runs(preset, ENDS) and ("raptor", "c-r0") not in all_runs(preset, ENDS)
+
+
+@pytest.mark.parametrize("more", [
+    lambda p: changed(p, replicas=3), lambda p: with_variants(p, ["b", "a", "z"], ["c"]), lambda p: with_variants(p, ["a"], ["d", "c"])])
+def test_another_replica_or_variant_changes_no_seed_of_the_others(more):
+    few = with_variants(load_preset("digits"), ["a"], ["c"])
+    for made in (all_runs, control_runs):
+        before, after = made(few, ENDS), made(more(few), ENDS)
+        assert all(after[name] == run for name, run in before.items())
+
+
+def test_blocks_that_start_from_layers_have_no_fragmented_partitions():
+    preset = changed(load_preset("digits"), block=RELAXED)
+    found = random_partitions(preset, ENDS)
+    assert found["fragmented"] == [] and len(found["contiguous"]) == preset.controls.contiguous == 8
+
+
+@pytest.fixture
+def measured(tmp_path):
+    "A study of six layers whose distances are known: three groups of 1, 2 and 3 layers, and a slope within them."
+    study = Study(load_preset("smoke"), tmp_path, "smoke")
+    group = np.array([0, 1, 1, 2, 2, 2])
+    distance = np.abs(group[:, None] - group) + 0.01*np.abs(np.subtract.outer(range(6), range(6)))
+    rows = [(m, i, j, distance[i, j] if m == "cosine" else 0) for m in ("cosine", "l2") for i in range(6) for j in range(6)]
+    study.save_table("phases/distance.csv", pd.DataFrame(rows, columns=["metric", "layer_i", "layer_j", "distance"]))
+    (study.folder/"phases"/"phases.json").write_text('{"ends": {"2": [2, 6]}}')
+    return study
+
+
+@pytest.mark.parametrize("k,ends", [(1, (6,)), (2, (2, 6)), (3, (1, 3, 6)), (6, (1, 2, 3, 4, 5, 6))])
+def test_phases_are_those_of_the_study_or_of_its_distances(measured, k, ends):
+    "k = 2 is what the study has found, whatever the distances say."
+    assert study_phases(measured, k) == Phases(ends)
+
+
+@pytest.mark.parametrize("ends,stops,expected", [
+    ((2, 6), None, None), ((2, 6), 6, None), ((2, 6), [2, 4, 6], (2, 4, 6)), ((6,), 3, (1, 3, 6)), ((1, 6), 3, (1, 3, 6)),
+    ((3, 6), 2, (3, 6)), ((2, 6), 4, (1, 2, 3, 6))])
+def test_a_number_of_stops_stands_for_the_cut_that_holds_the_phases(measured, ends, stops, expected):
+    assert study_stops(measured, Phases(ends), stops) == expected
+
+
+def test_fewer_stops_than_phases_are_refused(measured):
+    with pytest.raises(RaptorError, match=r"2 steps cannot lead through the ends \[1, 3, 6\]"):
+        study_stops(measured, Phases((1, 3, 6)), 2)
+
+
+def test_an_unknown_variant_is_refused(measured):
+    with pytest.raises(RaptorError, match="preset smoke has no variant 'relaxt'; it has .*relaxed"): find_variant(measured, "relaxt")
+    assert find_variant(measured, "relaxed").k == 2 and variant_config(measured, "relaxed", 7).forcing == "annealed"
+    assert variant_config(measured, "last", 7).forcing == "free" and variant_config(measured, "last", 7).targets == "last"
 
 
 # ---- tiny runs through the library
@@ -160,6 +241,18 @@ def test_a_block_that_does_not_differ_is_the_studys_own(study, snapshots):
         train_stage1(study, backbone, source, Phases((2, 6)), 0, {"step": 3})
 
 
+@pytest.mark.parametrize("spec,ends,stops,grids", [
+    (VariantSpec(k=2, block=RELAXED), (2, 6), None, ()), (VariantSpec(k=2, stops=[2, 4, 6], block=RELAXED), (2, 6), (2, 4, 6), ()),
+    (VariantSpec(k=2, ends=[3, 6], grids=[[3, 6]], block=RELAXED), (3, 6), None, ((3, 6),)), (VariantSpec(k=2), (2, 6), None, ())])
+def test_a_variant_is_what_its_preset_says(study, snapshots, spec, ends, stops, grids):
+    backbone = snapshots[0][-1].backbone
+    raptor, learned = new_raptor(study, backbone, spec, 7)
+    assert (raptor.phases.ends, raptor.stops, learned) == (ends, stops, grids)
+    assert torch.equal(weights(new_raptor(study, backbone, spec, 7)[0]), weights(raptor))
+    kinds = {tuple(block.changes) for block in raptor.blocks}
+    assert kinds == ({("low_rank", "vectors")} if spec.block else {()}), "the study's block where it names none"
+
+
 def test_what_is_measured_of_a_raptor(study, snapshots):
     last = snapshots[0][-1]
     source, labelled = images_of(study, 24, last.backbone)
@@ -193,13 +286,13 @@ def test_a_block_is_validated_in_its_place(study, snapshots, monkeypatch):
     source, labelled = images_of(study, None, last.backbone)
     scores = {name: value for name, value in own_scores(last.backbone, last.heads, labelled).itertuples(index=False)}
     own = Own(last.backbone).train()
-    assert study.validation(own, (2, 4), last.backbone, config)(2) == pytest.approx({"r2_end": 1, **scores})
+    assert study.validation(own, (2, 4), last.backbone, config)(2) == pytest.approx({"r2_end": 1, "r2_mean": 1, **scores})
     assert not own.training
     raptor = Raptor([study.new_block(last.backbone, j) for j in range(2)], Phases((2, 6)))
     found, whole = study.validation(raptor, (0, 6), last.backbone, config)(2), RaptorBackbone(last.backbone, raptor)
     expected = {name: value for name, value in own_scores(whole, last.heads, labelled).itertuples(index=False)}
-    r2 = assess(raptor, source).query("measure == 'r2' and layer == 6").value.item()
-    assert found == pytest.approx({"r2_end": r2, **expected})
+    r2 = assess(raptor, source).set_index(["measure", "layer"]).value
+    assert found == pytest.approx({"r2_end": r2["r2", 6], "r2_mean": r2["r2_mean"].item(), **expected})
     assert study.validation(raptor, (0, 6), last.backbone, TrainConfig()) is None, "unless the preset asks for it"
 
 

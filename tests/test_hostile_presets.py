@@ -14,6 +14,7 @@ from raptor.teacher.backbone import Backbone
 
 SMOKE = yaml.safe_load(preset_path("smoke").read_text())
 NAN, INF, HUGE = float("nan"), float("inf"), 10**30
+RANDOM = {"name": "vit_nano_patch4_reg4_24", "random": True}
 NUMBER = ["much", True, [1], {}, NAN, INF, -1, HUGE] # what no number of a preset is
 COUNT = ["3", True, None, 1.5, 0, -1, HUGE]
 WHOLE = ["3", True, 1.5, -1, HUGE]
@@ -34,7 +35,7 @@ KEYS = { # section -> {key: bad values}
     "data": {"name": ["", "digit_scene", 3, "folder:"], "split": ["trian", ""], "test_split": ["valid", 0], "size": [0, -1, [24], "24", NAN, 48], "limit": [0, -5, 1.5, "all", 16, 10**9],
              "test_limit": [0, HUGE], "workers": [-1, 10**6, "four"], "on_error": ["ignore", None]},
     "phases": {"ks": [[], [0], [2, 2], [7], [2.0], 2, None], "images": COUNT, "eps": [[NAN], [-0.1], [1.1], 0.2], "min_size": [0, 4, "one"], "ends": [{2: [6, 6]}, {2: [3, 7]}, {2: [10**12, 10**13]}, {}.keys]},
-    "block": {"layer_scale": NUMBER, "hidden": [0, -1, HUGE, "4D"], "conditioning": ["yes", 1, None, ["scalin"], {}], "mlp": ["relu", None]},
+    "block": {"layer_scale": NUMBER, "hidden": [0, -1, HUGE, "4D"], "conditioning": ["yes", 1, None, ["scalin"], {}], "mlp": ["relu"], "start": ["maen", 0, "", None, 3, -1, True], "rank": [0, -1, 8, "full", HUGE, {}, {"qkv": 4}], "experts": [0, 65, 4], "router": ["hard", "hat"], "expert_attention": ["yes", True]},
     "activations": {"source": ["disk"], "dtype": ["float64"], "chunk_images": COUNT, "precision": ["half"]},
     "probes/depth": {"seed": ["one", -1, 1.5], "img_size": [0, [24], 26], "official_head": [True, "no"], "head": [{"bins": 0}, {"bins": 1}, {"min_depth": -1}, {"max_depth": INF}, {"min_depth": 20}, {"hidden": 0}, {"hidden": HUGE}]},
     "probes/classification": {"official_head": [True], "head": [{"bins": 8}, {"hidden": 8}]},
@@ -43,9 +44,20 @@ KEYS = { # section -> {key: bad values}
                  "train_images": [0, 8, HUGE], "images": [0], "orders": [0, 10**9]},
     "seeds": {"teacher": [-1, 2**40, "a"], "block": [1.5], "spans": [[[0, 2], [2]], [[2, 0]]]},
     "resources": {"disk_gb": [NAN, INF, -1, "a lot"], "threads": [{"train_block": 0}, {"train_block": 10**9}], "rules": [{"train_block": {"gpu": -1}}, {"train_block": {"gpu": 3}}, {"items": {"mem_mb": 0}}]},
-    "": {"title": ["", 3, "two\nlines", "\x07"], "replicas": [*COUNT, 101], "name": [], "surprise": [1], "stage1": [None, [], "fast"], "probes": [{}, []],
+    "": {"title": ["", 3, "two\nlines", "\x07"], "replicas": [*COUNT, 101], "name": [], "surprise": [1], "stage1": [[], "fast"], "base": [3, "", [], "digit", "nowhere.yaml", "mine.yaml", "./mine.yml\n", "x" * 999 + ".yaml"], "probes": [{}, []],
          "extra_models": [{"k2-r0": {"name": "vit_nano_patch4_reg4_24", "random": True}}, {"Teacher": {"name": "vit_nano_patch4_reg4_24", "random": True}}, {"x": {"name": "vit_nano_patch4_reg4_24"}},
-                          {"x": SMOKE["teacher"]}, {"1e5": {"name": "vit_nano_patch4_reg4_24", "random": True}}, {"a/b": {"name": "vit_nano_patch4_reg4_24", "random": True}}]}}
+                          {"x": SMOKE["teacher"]}, {"relaxed-r0": RANDOM}, {"Student-r1": RANDOM}, {"1e5": {"name": "vit_nano_patch4_reg4_24", "random": True}}, {"a/b": {"name": "vit_nano_patch4_reg4_24", "random": True}}]}}
+PARTS = {"vectors": {"conditioning": ["vectors"]}, "low_rank": {"conditioning": ["low_rank"]}, "experts": {"conditioning": ["experts"]}, "mean": {"start": "mean", "conditioning": []}}
+BLOCKS = [{**PARTS["low_rank"], "rank": 0}, {**PARTS["low_rank"], "rank": 10**6}, {**PARTS["low_rank"], "rank": {"qkv.bias": 2}}, {**PARTS["low_rank"], "rank": {"qkv.weight": 0}}, {**PARTS["experts"], "experts": 0},
+          {**PARTS["experts"], "router": "hats"}, {**PARTS["experts"], "rank": 4}, {**PARTS["vectors"], "rank": 4}, {**PARTS["vectors"], "experts": 2}, {**PARTS["mean"], "hidden": 8}, {**PARTS["mean"], "mlp": "gelu"},
+          {**PARTS["mean"], "layer_scale": 1.0}, {**PARTS["mean"], "start": "maen"}, {**PARTS["mean"], "start": 3}, {**PARTS["mean"], "start": 1.5}, {"conditioning": ["vectors", "vectors"]}, {"conditioning": ["vector"]},
+          {**PARTS["vectors"], "start": "zero"}, {"start": "zero"}, 3, "mean", ["mean"]] # as the study's block, and as a variant's
+VARIANTS = [[], "relaxed", {"v": None}, {"v": {}}, {"v": {"k": 0}}, {"v": {"k": "two"}}, {"v": {"k": 7}}, {"v": {"k": 2, "stop": 3}}, {"v": {"k": 2, "title": ""}}, {"v": {"k": 2, "train": {"step": 3}}},
+            {"v": {"k": 2, "train": {"warmup": 31}}}, {"v": {"k": 2, "train": {"targets": "first"}}}, *({"v": {"k": 2, "stops": stops}} for stops in ([3, 2, 6], [3, 3, 6], [], [6], 1, 0, 7, "six", [2, 5], [2, 9], [0, 6], 2.5)),
+            *({"v": {"k": 2, "grids": grids}} for grids in (3, [1], [7], [[3, 2, 6]], [[2, 5]], [[6]], ["all"], [[]])), *({"v": {"k": 2, "ends": ends}} for ends in ([6], [6, 3], [2, 9], [], 6, [0, 6])), {"v": {"k": 2, "ends": [3, 6], "stops": [2, 6]}},
+            {"v": {"k": 2, "ends": [3, 6], "grids": [[2, 4, 6]]}}, *({name: {"k": 2}} for name in ("k3", "k3x", "K3", "a/b", "..", "", "1e5", "true", "teacher", "partitions", "ablation-less", "x" * 101)), {"v": {"k": 2}, "V": {"k": 2}}]
+KEYS[""] |= {"block": BLOCKS, "variants": VARIANTS + [{"v": {"k": 2, "block": block}} for block in BLOCKS]}
+KEYS["controls"]["variants"] = [*VARIANTS, {"relaxed": {"k": 2}}, {"Relaxed": {"k": 2}}]
 KEYS["phases"]["ends"].pop() # a placeholder is no value
 ROWS = [(section, key, value) for section, keys in KEYS.items() for key, values in keys.items() for value in values]
 

@@ -249,10 +249,10 @@ def studies(tmp_path_factory):
 def test_the_same_seeds_give_the_same_study(studies):
     one, two, _ = studies
     a, b = (pd.read_csv(s/"results"/"tab_probes.csv") for s in (one, two))
-    assert len(a) and set(a["row"]) == {"Teacher", "Raptor k=2"} and set(a.metric) == {"top1", "miou", "rmse"} and a["mean"].notna().all()
+    assert len(a) and set(a["row"]) == {"Teacher", "Raptor k=2", "k = 2, started from the teacher"} and set(a.metric) == {"top1", "miou", "rmse"} and a["mean"].notna().all()
     pd.testing.assert_frame_equal(a, b, check_exact=True)
     weights = [{p.relative_to(s): load_file(p) for p in s.rglob("*.safetensors")} for s in (one, two)]
-    assert set(weights[0]) == set(weights[1]) and len(weights[0]) == 1 + 3 + 2 + 1 + 6, "a teacher and its heads, blocks, a Raptor, probes; no checkpoint"
+    assert set(weights[0]) == set(weights[1]) and len(weights[0]) == 1 + 3 + 2 + 2 + 9, "a teacher and its heads, blocks, a Raptor and a variant, probes; no checkpoint"
     for path, tensors in weights[0].items(): assert all(t.equal(weights[1][path][name]) for name, t in tensors.items()), path
 
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from raptor.core import RaptorError, fingerprint, paper_root, read_json
+from raptor.model.block import BlockConfig
 from raptor.pipeline import needs
 from raptor.figures.style import save_figure
 from raptor.pipeline import cli
@@ -24,10 +25,10 @@ from raptor.probes.heads import DepthHead
 from raptor.probes.train import ProbeConfig
 from raptor.study.controls import all_runs, block_runs, control_runs, probe_runs, raptor_runs
 from raptor.study.presets import SEEDS, STAGES, load_preset, preset_names, preset_path, preset_schema
-from raptor.study.settings import (
-    FIT_DEFAULTS, PROBE_DEFAULTS, FitSettings, HeadSettings, ProbeSettings, TrainSettings, validated
-)
+from raptor.study.settings import FIT_DEFAULTS, PROBE_DEFAULTS, FitSettings, ProbeSettings, TrainSettings, validated
+from raptor.study.specs import BLOCK_DEFAULTS, HeadSettings
 from raptor.study.study import Study
+from raptor.study.variants import variant_config
 from raptor.train.fit import FitConfig
 from raptor.train.stages import TrainConfig
 
@@ -51,7 +52,10 @@ def test_every_preset_that_ships_is_whole(name):
     preset = load_preset(name)
     ends = preset.phases.ends or {k: [*range(1, k), 12] for k in preset.phases.ks}
     study = Study.open(changed(preset, phases=changed(preset.phases, ends=ends)))
-    assert study.stage1_config((0, 1), 5).seed == 5 and study.stage2_config(6).seed == 6
+    assert study.stage2_config(6).seed == 6
+    if preset.stage1 is not None: assert study.stage1_config((0, 1), 5).seed == 5
+    else: pytest.raises(RaptorError, study.stage1_config, (0, 1), 5).match("has no stage 1 .* run train_raptor")
+    for variant in preset.all_variants: assert variant_config(study, variant, 8).seed == 8
     assert study.stage2_config(0).forcing == "free", "stage 2 is autoregression alone"
     for task in preset.probes: assert study.probe_config(task, 7).seed == 7
     if preset.teacher.train: study.teacher_config()
@@ -61,6 +65,7 @@ def test_every_preset_that_ships_is_whole(name):
 def test_the_defaults_of_a_training_are_those_of_the_classes():
     for cls, defaults in ((FitConfig, FIT_DEFAULTS), (TrainConfig, FIT_DEFAULTS), (ProbeConfig, PROBE_DEFAULTS)):
         assert {k: getattr(cls, k) for k in defaults} == defaults
+    for defaults in BLOCK_DEFAULTS.values(): assert {k: getattr(BlockConfig, k) for k in defaults} == defaults
 
 
 @pytest.mark.parametrize("cls,kind,left_out", [
@@ -100,6 +105,10 @@ def test_equal_presets_have_equal_fingerprints(tmp_path):
     one = load_preset(write(tmp_path, lambda v: v["block"].update(layer_scale=1.0)))
     other = load_preset(write(tmp_path, respell))
     assert one == other and fingerprint(one.model_dump()) == fingerprint(other.model_dump())
+    said = {"conditioning": ["low_rank", "experts"]}
+    given = said | {"rank": 8, "experts": 4, "router": "soft", "expert_attention": False, "mlp": None}
+    one, other = (load_preset(write(tmp_path, lambda v: v.update(block=block))) for block in (said, given))
+    assert one == other and one.block.rank == 8 and one.block.mlp == "swiglu"
     assert fingerprint(changed(one, replicas=2).model_dump()) != fingerprint(one.model_dump())
     skipping = changed(one, data=changed(one.data, on_error="skip"))
     assert str(skipping) == str(one), "what happens to an unreadable image changes no result"
@@ -167,6 +176,29 @@ def test_equal_presets_have_equal_fingerprints(tmp_path):
     (lambda v: v["phases"].update(ends={2: [6, 6]}), r"phases: ends \(6, 6\) must be positive and strictly increasing"),
     (lambda v: v["phases"].update(ends={2: [2, 4, 6]}), "make 3 phases for k = 2; give 2 numbers"),
     (lambda v: v["phases"].update(ks=[2, 3], ends={2: [3, 6], 3: [3, 6, 12]}), "close with different layers"),
+    # variants and their blocks
+    (lambda v: v.update(variants=[]), r"variants must hold keys and values, not \[\]"),
+    (lambda v: v.update(variants={"v": {}}), "variants: v: missing key 'k'"),
+    (lambda v: v.update(variants={"v": {"k": 3, "stops": 2}}), "v: 2 stops are fewer than k = 3 phases; give at least 3"),
+    (lambda v: v.update(variants={"v": {"k": 3, "grids": [4, [3, 6]]}}), "v: 2 stops are fewer than k = 3 phases"),
+    (lambda v: v["controls"].update(variants={"v": {"k": 2, "stops": [4, 2, 6]}}),
+     r"controls: variants: v: the stops \[4, 2, 6\] must increase; sort them"),
+    (lambda v: v.update(variants={"v": {"k": 2, "ends": [2, 4, 6]}}), r"v: the ends \[2, 4, 6\] make 3 phases for k = 2"),
+    (lambda v: v.update(variants={"v": {"k": 2, "ends": [3, 6], "grids": [[2, 6]]}}), "leave out 3, where a phase ends"),
+    *((lambda v, name=name: v.update(variants={name: {"k": 2}}), f"variants: {name} is the name of another Raptor")
+      for name in ("k3", "k3x", "K2", "partitions", "ablation-less", "teacher")),
+    (lambda v: v["controls"].update(variants={"Relaxed": {"k": 2}}), "variants: Relaxed is the name of another Raptor"),
+    (lambda v: v.update(variants={"12": {"k": 2}}), "variants: 12 reads as a number or a truth value"),
+    (lambda v: v.update(extra_models={"relaxed-r0": {"name": "x", "random": True}}), "extra_models: relaxed-r0 is the name"),
+    (lambda v: v.update(block={"start": "maen"}), "block: start: unknown value 'maen'; did you mean 'mean'"),
+    (lambda v: v.update(block={"start": "mean", "hidden": 8}), "block: hidden is the teacher's for a block with start: mean"),
+    (lambda v: v["block"].update(rank=4), r"block: rank is for conditioning: \[low_rank\]; add that, or leave rank out"),
+    (lambda v: v.update(block={"conditioning": ["low_rank"], "rank": 0}), "block: rank is 0; it must be greater than"),
+    (lambda v: v.update(block={"conditioning": ["experts"], "experts": 0}), "block: experts is 0; it must be greater than"),
+    (lambda v: v.update(block={"conditioning": ["vectors"] * 2}), "block: conditioning is .*; name each part once"),
+    (lambda v: v.update(block={"start": "zero"}), r"block: a block that starts from zero needs conditioning: \[low_rank\]"),
+    (lambda v: v.update(block={"start": 3}), "block: start: 3 lies in one of k = 2 phases; say mean or middle"),
+    (lambda v: v.update(variants={"v": {"k": 2, "block": {"start": "zero"}}}), "variants: v: block: a block that starts"),
     # seeds, and what it costs
     (lambda v: v.update(seeds={"blok": 5}), "seeds: unknown key 'blok'; did you mean 'block'"),
     (lambda v: v.update(seeds={"block": "five"}), "seeds: block is 'five'; it must be a valid integer"),
@@ -209,6 +241,84 @@ def test_seeds_that_are_not_given_are_the_usual_ones(tmp_path):
     assert load_preset(write(tmp_path, lambda v: v.pop("seeds", None))).seeds == SEEDS
 
 
+# a preset that changes another ---------------------------------------------------------------------------------------
+def write_files(folder, files):
+    for name, text in files.items():
+        (folder/name).parent.mkdir(exist_ok=True)
+        (folder/name).write_text(text)
+    return folder/next(iter(files))
+
+
+@pytest.mark.parametrize("files,expected", [
+    ({"mine.yaml": "base: smoke"}, {"replicas": 1, "title": "Everything once, in half a minute"}),
+    ({"mine.yaml": "base: null\n" + preset_path("smoke").read_text()}, {"replicas": 1}),
+    ({"mine.yaml": "base: smoke\nreplicas: 3\ntitle: Mine"}, {"replicas": 3, "title": "Mine"}),
+    ({"mine.yaml": "base: smoke\nstage2: {steps: 40, warmup: 4}"}, {"stage2": {"steps": 40, "warmup": 4}}),
+    ({"mine.yaml": "base: smoke\nvariants: {}"}, {"variants": {}}),
+    ({"mine.yaml": "base: smoke\nstage1: null"}, {"stage1": None}),
+    ({"mine.yaml": "base: other.yaml", "other.yaml": "base: smoke\nreplicas: 2"}, {"replicas": 2}),
+    ({"mine.yaml": "base: other.yaml\nreplicas: 4", "other.yaml": "base: smoke\nreplicas: 2\ntitle: Other"},
+     {"replicas": 4, "title": "Other"}),
+    ({"a/mine.yaml": "base: ../b/other.yml", "b/other.yml": "base: third.yaml", "b/third.yaml": "base: smoke\nreplicas: 5"},
+     {"replicas": 5}),
+    ({"smoke.yaml": "base: smoke\nreplicas: 2"}, {"replicas": 2}),
+    ({f"{i}.yaml": f"base: {i + 1}.yaml" if i < 7 else "base: smoke\nreplicas: 2" for i in range(8)}, {"replicas": 2}),
+])
+def test_a_file_replaces_keys_of_its_base_as_a_whole(tmp_path, monkeypatch, files, expected):
+    path, smoke = write_files(tmp_path, files), load_preset("smoke")
+    monkeypatch.chdir("/")
+    found = load_preset(path)
+    assert {key: getattr(found, key) for key in expected} == expected
+    assert found == changed(smoke, name=found.name, **expected), "and holds the others"
+    assert fingerprint(found.model_dump()) == fingerprint(changed(smoke, name=found.name, **expected).model_dump())
+    assert found.name != "smoke" and found.base is None
+
+
+@pytest.mark.parametrize("files,sentence", [
+    ({"mine.yaml": "base: mine.yaml"}, "preset mine.yaml: base: mine.yaml has this file as its base; end the circle."),
+    ({"mine.yaml": "base: b.yaml", "b.yaml": "base: ./c.yaml", "c.yaml": "base: b.yaml"},
+     "preset c.yaml: base: b.yaml has this file as its base; end the circle."),
+    ({f"{i}.yaml": f"base: {i + 1}.yaml" for i in range(10)}, "preset 8.yaml: base: more than 8 in a row; merge some"),
+    ({"mine.yaml": "base: smok"}, "preset mine.yaml: base: unknown preset 'smok'; did you mean 'smoke'"),
+    ({"mine.yaml": "base: none.yaml"}, "preset mine.yaml: base: the preset file .*none.yaml does not exist"),
+    ({"mine.yaml": "base: smoke.txt"}, "preset mine.yaml: base: unknown preset '.*smoke.txt'"),
+    ({"mine.yaml": "base: 3"}, "preset mine.yaml: base is 3; it must be a valid string"),
+    ({"mine.yaml": "base: smoke\nreplica: 2"}, "preset mine.yaml: unknown key 'replica'; did you mean 'replicas'"),
+    ({"mine.yaml": "base: b.yaml", "b.yaml": "base: smoke\nreplica: 2"},
+     "preset b.yaml: unknown key 'replica'; did you mean 'replicas'"),
+    ({"mine.yaml": "base: b.yaml", "b.yaml": "base: smoke\nstage2: {step: 2}"}, "preset b.yaml: stage2: unknown key"),
+    ({"mine.yaml": "base: b.yaml\nstage2: {stepz: 2}", "b.yaml": "base: smoke\nstage2: {step: 2}"},
+     "preset mine.yaml: stage2: unknown key 'stepz'"),
+    ({"mine.yaml": "base: b.yaml", "b.yaml": "title: ["}, "preset b.yaml is not valid YAML"),
+    ({"mine.yaml": "base: b.yaml", "b.yaml": "- a"}, "preset b.yaml must hold keys and values"),
+    ({"mine.yaml": "base: b.yaml", "b.yaml": "title: Half"}, "preset mine.yaml: missing key 'data'"),
+    ({"mine.yaml": "base: digits\nphases: {ks: [2]}\ncontrols: {k: 3}"}, "preset mine.yaml: controls: k is 3"),
+])
+def test_a_fault_in_a_base_is_one_sentence_with_its_file(tmp_path, files, sentence):
+    with pytest.raises(RaptorError, match=sentence) as e: load_preset(write_files(tmp_path, files))
+    assert str(e.value).endswith((".", "?")) and "\n" not in str(e.value)
+
+
+def test_the_schema_asks_for_a_base_or_for_everything():
+    schema = preset_schema()
+    assert schema["properties"]["base"]["description"].startswith("the preset whose keys hold") and "required" not in schema
+    assert [set(choice["required"]) & {"base", "title"} for choice in schema["anyOf"]] == [{"base"}, {"title"}]
+
+
+@pytest.mark.parametrize("name,counts,seeds", [
+    ("relaxed", (0, 9, 30), {"k2-r0": 1001, "k4-r2": 1203}), ("experts8", (0, 3, 12), {"k1-r0": 901, "k1-r2": 903}),
+    ("elastic", (0, 9, 30), {"k3-r0": 1101, "half-r0": 2000, "elastic-r0": 2000, "elastic-r2": 2002})])
+def test_the_papers_scale_with_blocks_that_start_from_the_teacher(name, counts, seeds):
+    "They share teacher, probes and data with dinov2_vitb14, and all of their runs can be listed."
+    base, preset = load_preset("dinov2_vitb14"), load_preset(f"dinov2_vitb14_{name}")
+    for key in ("data", "teacher", "probes", "stage2", "activations", "replicas", "seeds"):
+        assert getattr(preset, key) == getattr(base, key)
+    runs = Study.open(preset).runs
+    assert tuple(sum(kind == run.kind for run in runs.values()) for kind in ("block", "raptor", "probe")) == counts
+    assert {run: runs["raptor", run].params["seed"] for run in seeds} == seeds
+    assert all(run.name.startswith("partitions") for run in Study.open(preset).controls.values())
+
+
 # told before any work -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("change,sentence", [
     (lambda v: v["teacher"].update(name="vit_nano_patch4_reg4_42"),
@@ -223,6 +333,10 @@ def test_seeds_that_are_not_given_are_the_usual_ones(tmp_path):
     (lambda v: v["phases"].update(ks=[3], min_size=3), "cannot be divided into k = 3 phases of at least 3"),
     (lambda v: v["phases"].update(ends={2: [7, 12]}),
      r"has 6 layers, and the ends \[7, 12\] close with 12; close them with 6"),
+    (lambda v: v.update(variants={"v": {"k": 2, "stops": [2, 5]}}), "variants: v: .* 6 layers, and .* close with 5; close them with 6"),
+    (lambda v: v.update(variants={"v": {"k": 2, "grids": [7]}}), "variants: v: .* 6 layers, and 7 is more; choose fewer"),
+    (lambda v: (v.update(variants={"v": {"k": 2, "stops": [2, 6]}}), v["phases"].update(ends={2: [3, 6]})),
+     r"variants: v: .* the stops \[2, 6\] leave out 3, where a phase ends; add it"),
     (lambda v: v["probes"]["depth"]["data"].update(name="digit_scene"), "did you mean 'digit_scenes'"),
     (lambda v: v["probes"]["depth"]["data"].update(test_split="tests"),
      "unknown split of digit_scenes 'tests'; did you mean 'test'"),
@@ -435,11 +549,26 @@ def test_data_without_a_size_are_read_at_the_models(tmp_path):
     ((), (6, 3, 12, 0)), (("train_block",), (6, 0, 0, 0)), (("train_raptor",), (6, 3, 0, 0)), (("fig_norms",), (3, 1, 0, 0)),
     (("fig_similarity",), (0, 0, 0, 0)), (("fig_accuracy_r2",), (6, 3, 4, 0)), (("tab_probes",), (6, 3, 12, 0)),
     (("fig_partitions",), (0, 0, 0, 1)), (("tab_ablation",), (6, 3, 4, 2)), (("fig_norms", "fig_partitions"), (3, 1, 0, 1))])
-def test_the_dry_run_lists_what_is_asked_for(tmp_path, only, counts):
-    preset = load_preset("digits")
-    study = Study.open(changed(preset, phases=changed(preset.phases, ends=PAPER)), tmp_path)
-    lines = describe_runs(study, only=only).splitlines()
-    assert tuple(sum(line.startswith(kind) for line in lines) for kind in ("block ", "raptor ", "probe ", "control ")) == counts
+def test_the_dry_run_lists_what_is_asked_for(tmp_path, only, counts): assert counted(tmp_path, only) == counts
+
+
+@pytest.mark.parametrize("only,counts", [
+    ((), (6, 4, 15, 0)), (("train_raptor",), (6, 5, 0, 0)), (("tab_probes",), (6, 4, 15, 0)), (("fig_norms",), (3, 1, 0, 0)),
+    (("fig_similarity",), (0, 0, 0, 0)), (("fig_partitions",), (0, 0, 0, 1)), (("tab_blocks",), (6, 5, 0, 0))])
+def test_the_dry_run_lists_the_variants_that_are_asked_for(tmp_path, only, counts):
+    "One that is probed, and one that only a table of the controls reads."
+    probed, other = ({name: {"k": 3, "block": {"start": "mean"}}} for name in ("probed", "other"))
+    assert counted(tmp_path, only, probed, other) == counts
+
+
+def counted(folder, only, variants={}, others={}):
+    "The lines of a dry run, by kind, of the digits study with other variants."
+    values = yaml.safe_load(preset_path("digits").read_text())
+    values["variants"], values["controls"]["variants"] = variants, others
+    values["phases"]["ends"] = {k: list(e) for k, e in PAPER.items()}
+    (folder/"mine.yaml").write_text(yaml.safe_dump(values))
+    lines = describe_runs(Study.open(folder/"mine.yaml", folder), only=only).splitlines()
+    return tuple(sum(line.startswith(kind) for line in lines) for kind in ("block ", "raptor ", "probe ", "control "))
 
 
 def test_the_dry_run_of_a_stage_that_comes_first_lists_nothing_behind_it(tmp_path):

@@ -101,6 +101,19 @@ def _check_depth(preset, depth:int):
         if spec.ends is not None and spec.ends[k][-1] != depth:
             raise RaptorError(f"{where} has {depth} layers, and the ends {list(spec.ends[k])} close with "
                               f"{spec.ends[k][-1]}; close them with {depth}.")
+    for name, variant in preset.all_variants.items():
+        _check_stops(f"preset {preset.name}: variants: {name}: {preset.teacher.name} has {depth} layers, and",
+                     variant, variant.ends or (spec.ends or {}).get(variant.k, ()), depth)
+
+def _check_stops(where:str, variant, ends, depth:int):
+    "Compare the numbers of a variant with the layers of the teacher, and with the ends of its phases if known."
+    for given in (variant.k, variant.stops, *variant.grids):
+        if isinstance(given, int) and given > depth: raise RaptorError(f"{where} {given} is more; choose fewer.")
+    for given in filter(lambda stops: isinstance(stops, list), (variant.ends, variant.stops, *variant.grids)):
+        if given[-1] != depth:
+            raise RaptorError(f"{where} {given} close with {given[-1]}; close them with {depth}.")
+        if left := sorted({*ends} - {*given}):
+            raise RaptorError(f"{where} the stops {given} leave out {left[0]}, where a phase ends; add it.")
 
 # %% ../../nbs/api/pipeline/00_needs.ipynb #f2b6c058
 def check_study(study:Study, # that is about to run

@@ -50,6 +50,9 @@ def raptor_runs(preset:Preset, # the study
                 tuple(needs(k, r) if preset.stage1 is not None else ()))
             for k in sorted(ends) for r in range(preset.replicas)]
 
+def _seed(preset, replica:int) -> int: # of all variants and controls of a replica, which differ in what they test
+    return preset.seeds.get("control", 2000) + replica
+
 def variant_runs(preset:Preset, # the study
     names, # of variants
 ) -> list[Run]: # one for each variant and replica
@@ -88,9 +91,6 @@ def control_k(preset:Preset, # the study
     raise RaptorError(f"preset {preset.name}: controls: k is {k}, but there are Raptors only for k = {sorted(ends)}; "
                       "choose one.")
 
-def _seed(preset, replica:int) -> int: # shared by all controls of a replica, which differ only in what they test
-    return preset.seeds.get("control", 2000) + replica
-
 # %% ../../nbs/api/study/04_controls.ipynb #dda417e5
 ABLATION = {
     "tf": "TF only", "ar": "+ AR (annealed)", "depth": "+ depth scaling", "weighting": "+ cls weighting",
@@ -120,7 +120,8 @@ def random_partitions(preset:Preset, # the study
     best, spec, seed = Phases(ends[control_k(preset, ends)]), preset.controls, preset.seeds["phases"]
     draws = min(spec.contiguous + 1, comb(best.depth - 1, best.k - 1)) # one more, for the max-cut may be drawn
     rivals = [p for p in random_segmentations(best.depth, best.k, draws, seed) if p != best]
-    fragmented = random_fragmented(best.counts, spec.fragmented, seed) if spec.fragmented else []
+    number = spec.fragmented if preset.block.start == "scratch" else 0 # a copy of layers needs an interval
+    fragmented = random_fragmented(best.counts, number, seed) if number else []
     return {"contiguous": rivals[:spec.contiguous], "fragmented": fragmented}
 
 def _partition_runs(preset, ends) -> list[Run]: # one per replica

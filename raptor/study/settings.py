@@ -141,20 +141,23 @@ PROBE_DEFAULTS = {"batch_size": 64, "lr": 1e-3} # of `ProbeConfig`
 def validated(kind, # a type: a typed dictionary, a pydantic model, ...
     values, # plain values, as YAML gives them
     where:str, # where they stand, for the sentence: "preset mine.yaml"
+    places:dict={}, # {key: where it stands}, for those that stand elsewhere
 ): # an instance of `kind`
     "Check values; raises `RaptorError` for an unknown or missing key and for a value of another type or out of range."
     try: return TypeAdapter(kind).validate_python(values)
-    except ValidationError as e: raise RaptorError(one_sentence(e, kind, values, where)) from e
+    except ValidationError as e: raise RaptorError(one_sentence(e, kind, values, where, places)) from e
 
 def one_sentence(error:ValidationError, # what pydantic found
     kind, # the type that was validated against
     values, # what was validated
     where:str, # where it stands
+    places:dict={}, # {key: where it stands}, for those that stand elsewhere
 ) -> str: # "preset mine.yaml: stage2: unknown key 'step'; did you mean 'steps'?"
     "The first unknown key, or else the innermost finding, as one sentence."
     first = min(error.errors(include_url=False), key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
     what, value, loc, path = first["type"], first["input"], [s for s in first["loc"] if s != "[key]"], []
     of_key = what in ("extra_forbidden", "invalid_key") or len(loc) < len(first["loc"])
+    where = places.get(loc[0], where) if loc else where
     for step in loc[:-1] if of_key else loc:
         try: inner = values[step]
         except (KeyError, TypeError): continue # a missing key, or pydantic's name for a member of a union

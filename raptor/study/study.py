@@ -180,8 +180,7 @@ def official_head(self:Study, model:str="teacher", # teacher, a Raptor, or an ex
 ) -> tuple|None: # (weight, bias); None if the preset names none
     "The linear head that was released with the backbone behind a model."
     from raptor.teacher.weights import load_linear_head
-    head = self._spec(model).head
-    return load_linear_head(weights_file(head)) if head else None
+    return load_linear_head(weights_file(head)) if (head := self._spec(model).head) else None
 
 @patch
 def teacher_heads(self:Study, backbone, # the study's teacher, whose states the heads read
@@ -247,6 +246,7 @@ def stage1_config(self:Study, span:tuple[int, int], # (start, end] of the phase
 ): # TrainConfig
     "How a block is trained on its span; the span that ends at L has settings of its own."
     from raptor.train.stages import TrainConfig
+    if self.preset.stage1 is None: raise RaptorError(f"{self.name} has no stage 1 (stage1: null); run train_raptor.")
     last = self.preset.last_block if span[1] == max(e[-1] for e in self.ends.values()) else {}
     return make_config(TrainConfig, {**self.preset.stage1, **last, "seed": seed}, f"preset {self.name}: stage1")
 

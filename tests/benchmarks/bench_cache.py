@@ -12,10 +12,13 @@ training wants it, it gives at least 3 times as many images a second as the old 
 asked of memory too, but for the share in the smallest shape: a batch is 4 MB there, and the plain file's stays in the processor's cache.
 """
 import math, os, shutil
+from unittest.mock import patch
 
 import numpy as np, pytest, torch
 
+from raptor.trajectories import cache as cache_module
 from raptor.trajectories.cache import CachedTrajectories, CacheSpec, chunk_shape
+from raptor.trajectories.chunks import warm
 from raptor.trajectories.live import begin_cache, finish_cache, write_chunk
 
 from conftest import ROWS, seconds
@@ -109,6 +112,21 @@ def test_read(benchmark, request, stores, where):
     if where == "disk": row["goals: 0.8 of the plain file, 3 times the old layout"] = " and ".join("met" if good else "missed" for good in (share >= 0.8, faster >= 3))
     assert share >= 0.8 or row["work"] == "mini, memory", f"{row['work']}: {share:.2f} of the plain file's rate where 0.8 is asked for"
     assert faster >= 3, f"{row['work']}: {faster:.1f} times the old layout where 3 are asked for"
+
+
+@pytest.mark.parametrize("epochs", [1, 10])
+def test_checksums(benchmark, request, stores, epochs):
+    "What it costs to compare every file with its checksum once, in a process that reads so many shuffled epochs from memory."
+    folder, size, images = stores
+    def read(): read_cache(folder, images, seed=0, steps=epochs*(images // BATCH))
+    def unchecked():
+        with patch.object(cache_module, "check_file", lambda fd, path, size, checksum: warm(fd, size)): read()
+    read(); unchecked()
+    times = []
+    benchmark.pedantic(read, setup=lambda: times.append(seconds(unchecked)), rounds=7)
+    if benchmark.disabled: return
+    ours, other = benchmark.stats.stats.min, min(times)
+    request.config.stash[ROWS].append({"work": f"{folder.name[:-1]}, checksums, {epochs} epochs", "with, s": ours, "without, s": other, "cost": ours/other - 1})
 
 
 def test_bytes_are_half_of_float32(stores):
