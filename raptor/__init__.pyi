@@ -15,6 +15,7 @@ from .model.raptor import Raptor as Raptor
 from .model.as_backbone import RaptorBackbone as RaptorBackbone
 from .model.authors import import_author_checkpoint as import_author_checkpoint
 from .model.deploy import early_exit as early_exit, materialize as materialize
+from .model.export import export_model as export_model
 from .train.stages import TrainConfig as TrainConfig, train_raptor as train_raptor, train_span as train_span
 from .probes.heads import probe_task as probe_task
 from .probes.train import (

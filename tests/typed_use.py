@@ -26,6 +26,10 @@ raptor.Raptor.from_blocks([])
 student = raptor.RaptorBackbone(teacher, model)
 student.forward_features(torch.zeros(1, 3, 8, 8)); student.forward_intermediates(torch.zeros(1, 3, 8, 8), indices=2)
 student.num_features, student.embed_dim, student.depth, student.mean, student.name, student.fingerprint
+small = raptor.RaptorBackbone.compact(teacher, model)
+small.save_pretrained("folder"), small.push_to_hub("owner/name"), small.features(torch.zeros(1, 3, 8, 8)), small.config, small.k
+raptor.RaptorBackbone.from_pretrained("folder", device="cpu", dtype=torch.bfloat16).forward_features(torch.zeros(1, 3, 8, 8))
+raptor.export_model(student, "student.onnx", "onnx").name
 config = raptor.TrainConfig(steps=5, lr=1e-3)
 config.steps, config.loss, config.batch_size
 history = raptor.train_span(source, block, (0, 3), config)

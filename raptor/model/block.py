@@ -118,7 +118,7 @@ class RecurrentBlock(Recurrence):
         settings = {"low_rank": [c.rank], "experts": [c.experts, c.router, c.expert_attention]}
         self.changes = nn.ModuleDict({n: CHANGES[n](shapes, c.steps, *settings.get(n, ())) for n in c.changes})
         self.own, self._merged, self._mark = tuple(shapes), {}, None
-        self._stores = [module._parameters for module in self.modules()] # where parameters are, even if replaced
+        self._parts = list(self.modules()) # whose parameters are, even if replaced
 
     def attention(self, x:Tensor, # (B, N, D), normalised
         weights:dict|None=None, # by name; None: the block's own
@@ -195,8 +195,8 @@ def step_weights(self:RecurrentBlock, step:Step, # one of `config.steps`
 def merged(self:RecurrentBlock, step:Step, # one of `config.steps`
 ) -> dict: # name -> Tensor
     "The weights of one step, kept where they are used again."
-    if self.training or torch.is_grad_enabled(): return self.step_weights(step)
-    mark = [(p.data_ptr(), p._version) for store in self._stores for p in store.values() if p is not None]
+    if self.training or torch.is_grad_enabled() or torch.compiler.is_exporting(): return self.step_weights(step)
+    mark = [(p.data_ptr(), p._version) for part in self._parts for p in part._parameters.values() if p is not None]
     if mark != self._mark: self._merged, self._mark = {}, mark
     if step not in self._merged: self._merged[step] = self.step_weights(step)
     return self._merged[step]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'HomeOption', 'DISTRIBUTIONS', 'reproduce_command', 'run_command', 'page_command',
-           'collect_command', 'cache_command', 'import_command', 'presets_command', 'doctor_command', 'check_caches',
-           'doctor', 'main']
+           'collect_command', 'cache_command', 'import_command', 'export_command', 'presets_command', 'doctor_command',
+           'check_caches', 'doctor', 'main']
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #a31e00fb
 import json
@@ -186,6 +186,21 @@ def _numbers(text, separator:str, option:str) -> tuple|None:
     "Integers from the command line."
     try: return tuple(map(int, text.split(separator))) if text else None
     except ValueError as e: raise RaptorError(f"{option} {text!r} must be integers separated by {separator!r}.") from e
+
+# %% ../../nbs/api/pipeline/06_cli.ipynb #09613302
+@app.command("export")
+def export_command(
+    folder:Annotated[str, typer.Argument(help="A saved student or Raptor: a folder, or owner/name on the hub.")],
+    out:Annotated[Path, typer.Option("--out", "-o", help="A file ending in .onnx or .pt2, or a new folder.")],
+    format:Annotated[str, typer.Option("--format", "-f", help="onnx, torch-export, timm or student.")]="onnx",
+    weights:Annotated[Optional[Path], typer.Option(help="Weights of the teacher, for a Raptor without it.")]=None,
+):
+    """Write a Raptor for ONNX Runtime, torch.export or timm, or without its teacher, and compare the features."""
+    from raptor.model.export import BATCHES, TOLERANCE, export_model, open_student
+    student = open_student(folder, weights)
+    written, (height, width) = export_model(student, out, format), student.img_size
+    print(f"{written}: {student.name}, {height} x {width} pixels; the same features within {TOLERANCE:g} on "
+          f"{' and '.join(map(str, BATCHES))} images")
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #056304dd
 @app.command("presets")

@@ -11,7 +11,6 @@ import json
 import math
 import re
 import warnings
-from contextlib import contextmanager
 from functools import partial
 from operator import index
 from pathlib import Path
@@ -21,14 +20,13 @@ with warnings.catch_warnings(): # huggingface_hub's tqdm warns in a notebook wit
     warnings.filterwarnings("ignore", message="IProgress not found")
     import timm
 import torch
-from huggingface_hub.utils import logging as hub_logging
 from timm.layers import LayerNorm, to_2tuple
 from timm.models import eva, vision_transformer
 from torch import nn
 
 from ..core import RaptorError, check_name
 from .embedded import model_names
-from .weights import error_clause, read_weights
+from .weights import error_clause, quiet_hub, read_weights
 
 # %% ../../nbs/api/teacher/02_models.ipynb #23cfb02b
 _sizes = dict(t="tiny", s="small", b="base", l="large", h="huge", g="giant", sp="small_plus", hp="huge_plus")
@@ -111,14 +109,6 @@ def check_architecture(name:str, # what a user gave as timm's name
     check_plain(shell, name)
 
 # %% ../../nbs/api/teacher/02_models.ipynb #b2ef07c1
-@contextmanager
-def _quiet_hub():
-    "A failure is reported by one sentence of ours: without the hub's own line for each of its attempts."
-    before = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()
-    try: yield
-    finally: hub_logging.set_verbosity(before)
-
 def timm_arguments(settings:dict, # as a backbone notes them
 ) -> dict: # arguments of `timm.create_model`
     "The settings as timm takes them: `norm_eps`, a number that JSON can hold, becomes a `norm_layer`."
@@ -128,7 +118,7 @@ def timm_arguments(settings:dict, # as a backbone notes them
 def _create(name, pretrained, settings):
     "timm's model; every failure is one sentence."
     try:
-        with _quiet_hub(): return timm.create_model(name, pretrained=pretrained, **timm_arguments(settings))
+        with quiet_hub(): return timm.create_model(name, pretrained=pretrained, **timm_arguments(settings))
     except (TypeError, AssertionError, ValueError) as e:
         why = " ".join(str(e).split())[:200].rstrip(".") or type(e).__name__ # some of timm's assertions have no text
         raise RaptorError(f"timm cannot create {name} with {settings} ({why}); change these settings.") from e
