@@ -40,6 +40,14 @@ if __name__ == "__main__":
 """
 
 
+def test_what_many_jobs_import_is_loaded_before_they_are_forked():
+    "Otherwise each of them loads it anew: 2 s for torchmetrics, as long for timm."
+    heavy = ("timm.models.vision_transformer", "torchmetrics", "seaborn", "scipy.stats", "torchvision.transforms.v2", "zarr", "accelerate")
+    loading = "import importlib, sys; from raptor.pipeline.executor import PRELOAD; [importlib.import_module(m) for m in PRELOAD]"
+    left = subprocess.run([sys.executable, "-c", f"{loading}; print([m for m in {heavy} if m not in sys.modules])"], text=True, capture_output=True, check=True)
+    assert left.stdout.strip() == "[]"
+
+
 @pytest.fixture
 def owner(tmp_path):
     "A process that runs jobs one after another; started where a folder is named like the package."

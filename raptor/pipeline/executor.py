@@ -27,8 +27,10 @@ from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
 # %% ../../nbs/api/pipeline/04_executor.ipynb #12df1ba7
 PRELOAD = ["raptor.pipeline.cli", "raptor.study.experiments", "raptor.figures.plots", "raptor.analysis.dynamics",
-           "raptor.analysis.baselines", "raptor.analysis.cost", "papermill", "execnb.shell", "accelerate", "zarr",
-           "torchvision.transforms.v2", "sklearn.datasets"]
+           "raptor.analysis.baselines", "raptor.analysis.cost", "raptor.teacher.backbone", "raptor.probes.train",
+           "papermill", "execnb.shell", "accelerate", "zarr", "torchmetrics.classification",
+           "torchvision.transforms.v2", "sklearn.datasets", "matplotlib.backends.backend_pdf",
+           "pandas.io.formats.style"]
 
 def start_server() -> None:
     "Start this process's fork server, if it is not running, with one OpenMP thread until a job asks for more."
