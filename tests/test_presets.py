@@ -250,7 +250,7 @@ def write_files(folder, files):
 
 
 @pytest.mark.parametrize("files,expected", [
-    ({"mine.yaml": "base: smoke"}, {"replicas": 1, "title": "Everything once, in about a minute"}),
+    ({"mine.yaml": "base: smoke"}, {"replicas": 1, "title": "A test of the whole graph in less than a minute; its numbers mean nothing"}),
     ({"mine.yaml": "base: null\n" + preset_path("smoke").read_text()}, {"replicas": 1}),
     ({"mine.yaml": "base: smoke\nreplicas: 3\ntitle: Mine"}, {"replicas": 3, "title": "Mine"}),
     ({"mine.yaml": "base: smoke\nstage2: {steps: 40, warmup: 4}"}, {"stage2": {"steps": 40, "warmup": 4}}),

@@ -142,7 +142,7 @@ def _write_page(study, notebook): write_page(notebook, study.folder/"summary.htm
 @app.command("collect")
 def collect_command(preset:PresetOption="digits", home:HomeOption=None):
     """Store a study's outputs in the paper's notebooks of this checkout, and its small results beside them."""
-    from raptor.pipeline.page import collect
+    from raptor.pipeline.collect import collect
     for path in collect(Study.open(preset, home)): print(path)
 
 @app.command("cache")
