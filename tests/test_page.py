@@ -107,5 +107,5 @@ def test_every_picture_of_the_page_is_described(page):
 def test_every_figure_of_the_paper_has_a_caption_and_a_description(item):
     cells = json.loads((paper_root()/f"{item}.ipynb").read_text())["cells"]
     drawing = [s for s in ("".join(c["source"]) for c in cells if c["cell_type"] == "code") if "save_figure(" in s]
-    assert all(re.match(r"#\| fig-cap: .+What to see: .+\n#\| fig-alt: .+\n", s) for s in drawing) and item_title(item) != item
+    assert all(re.match(r'#\| fig-cap: ".+What to see: .+"\n#\| fig-alt: ".+"\n', s) for s in drawing) and item_title(item) != item
     assert drawing or item.startswith("tab_")

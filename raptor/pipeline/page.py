@@ -65,7 +65,7 @@ def _one_level_down(source:str) -> str:
 def _show_outputs(cell, name, study):
     "Show the tables and figures of an executed cell; a figure's metadata names the file with its large version."
     from IPython.display import Markdown, display
-    said = dict(re.findall(r"^#\| fig-(cap|alt): (.+)$", cell.source, re.MULTILINE))
+    said = dict(re.findall(r'^#\| fig-(cap|alt): "(.+)"$', cell.source, re.MULTILINE))
     for output in cell.outputs:
         if output.output_type not in ("execute_result", "display_data"): continue
         data = {k: v for k, v in output.data.items() if k in ("text/html", "image/png")}
