@@ -253,4 +253,4 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path, model):
     argv = [sys.executable, "-m", "raptor", "phases", model, str(tmp_path/"photos")]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "could not be downloaded" in done.stderr and "--random" in done.stderr
+    assert "could not be downloaded (the hub cannot be reached)" in done.stderr and "--random" in done.stderr

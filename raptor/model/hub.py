@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..core import RaptorError, atomic_path, fingerprint, read_json, write_json
 from ..phases import FragmentedPhases, Phases
-from ..teacher.weights import quiet_hub
+from ..teacher.weights import hub_clause, quiet_hub
 from .block import MAX_DEPTH, block_config, empty_block
 from .card import USAGE, Teacher, model_card
 from .tensors import fill, read_note, write_tensors
@@ -85,7 +85,7 @@ def find_file(model_id:str, # a folder, or owner/name on the hub
         with quiet_hub(): return Path(hf_hub_download(model_id, name, **download))
     except Exception as e:
         raise RaptorError(f"{model_id} is no folder here, and {name} of a repository of that name could not be fetched "
-            f"({type(e).__name__}); check the name and the connection.") from e
+            f"({hub_clause(e)}); check the name and the connection.") from e
 
 def _placed(model, device, dtype):
     "The model on a device and in a type; one sentence for what this machine does not have."

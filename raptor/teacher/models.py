@@ -26,7 +26,7 @@ from torch import nn
 
 from ..core import RaptorError, check_name
 from .embedded import model_names
-from .weights import error_clause, quiet_hub, read_weights
+from .weights import error_clause, hub_clause, quiet_hub, read_weights
 
 # %% ../../nbs/api/teacher/02_models.ipynb #23cfb02b
 _sizes = dict(t="tiny", s="small", b="base", l="large", h="huge", g="giant", sp="small_plus", hp="huge_plus")
@@ -118,7 +118,8 @@ def timm_arguments(settings:dict, # as a backbone notes them
 def _create(name, pretrained, settings):
     "timm's model; every failure is one sentence."
     try:
-        with quiet_hub(): return timm.create_model(name, pretrained=pretrained, **timm_arguments(settings))
+        with quiet_hub(ask=pretrained or ":" in name):
+            return timm.create_model(name, pretrained=pretrained, **timm_arguments(settings))
     except (TypeError, AssertionError, ValueError) as e:
         why = " ".join(str(e).split())[:200].rstrip(".") or type(e).__name__ # some of timm's assertions have no text
         raise RaptorError(f"timm cannot create {name} with {settings} ({why}); change these settings.") from e
@@ -126,7 +127,7 @@ def _create(name, pretrained, settings):
         what, cure = (f"the pretrained weights of {name}", "pass weights=PATH, or pretrained=False for random weights")
         if ":" in name: what, cure = f"the model {name}", "check its name and the connection"
         elif not pretrained: raise
-        raise RaptorError(f"{what} could not be downloaded ({type(e).__name__}); {cure}.") from e
+        raise RaptorError(f"{what} could not be downloaded ({hub_clause(e)}); {cure}.") from e
 
 def check_size(img_size, # pixels of a square, or (height, width)
 ) -> tuple[int, int]: # (height, width)
