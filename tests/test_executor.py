@@ -72,6 +72,13 @@ def test_exit_status_is_that_of_the_job(owner):
     assert out.strip() == "[0, 3, 1, 1, 7, 0]" and "it went wrong" in err and "not this way" in err
 
 
+def test_a_job_of_a_console_script_is_silent(owner, tmp_path):
+    "The script imports the module that the job is going to run."
+    (tmp_path/"owner.py").write_text(f"import raptor.__main__\n{OWNER}")
+    out, err = owner(f"!{sys.executable} -P -m raptor --version").communicate(timeout=PATIENCE)
+    assert "raptor" in out and out.splitlines()[-1] == "[0]" and err == ""
+
+
 def test_a_job_ends_with_its_command_even_by_sigkill(owner):
     process = owner("wait")
     job = psutil.Process(int(process.stdout.readline()))

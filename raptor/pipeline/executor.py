@@ -58,6 +58,7 @@ def run_job(command:str, # of a rule, as it would be given to a shell
     interpreter, *words = shlex.split(command)
     if interpreter != sys.executable or words[:2] != ["-P", "-m"]: os.execv("/bin/sh", ["sh", "-c", command])
     sys.argv = words[2:]
+    sys.modules.pop(f"{words[2]}.__main__", None) # where a console script has imported it, runpy would warn
     runpy.run_module(words[2], run_name="__main__", alter_sys=True)
 
 def _end_with(process):
