@@ -229,7 +229,7 @@ class Watch:
 
 def describe_whole(seen:Overview) -> str: # one line
     "The study as a whole."
-    of = f"{seen.done} of {seen.total} done" if seen.total else f"{seen.done} done, and as many as the phases will tell"
+    of = f"{seen.done} of {seen.total} done" if seen.total else f"{seen.done} done; the phases will tell how many there are"
     return f"{seen.name}: {of}{'' if seen.left is None else f', about {show_time(seen.left)} left'}"
 
 def describe_overview(seen:Overview) -> list[str]: # lines
