@@ -49,7 +49,7 @@ def _live(watch):
     from rich.live import Live
     from rich.text import Text
     with open(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace") as screen, ExitStack() as stack:
-        console = Console(file=screen, width=None if os.isatty(0) else os.get_terminal_size(1).columns)
+        console = Console(file=screen, width=None if os.isatty(0) else os.get_terminal_size(1).columns or None)
         stack.enter_context(Live(get_renderable=lambda: _table(watch, console.height), console=console, transient=True,
                                  refresh_per_second=2, redirect_stdout=False, redirect_stderr=False))
         stack.enter_context(_piped(lambda line: console.print(Text.from_ansi(line))))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'Status', 'read_status', 'status_path', 'speed', 'StatusFile', 'reported', 'sign_of_life', 'show_time',
-           'describe_status', 'time_left', 'Overview', 'Watch', 'describe_whole', 'describe_overview']
+           'describe_status', 'time_left', 'Overview', 'planned_steps', 'Watch', 'describe_whole', 'describe_overview']
 
 # %% ../../nbs/api/pipeline/10_progress.ipynb #5c76946d
 import json
@@ -20,6 +20,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ..core import RaptorError, progress, read_json
+from ..study.presets import STAGES
 from ..study.steps import copy_of, first_steps, later_steps
 from ..study.study import Study
 from .notebooks import flag_of
@@ -180,6 +181,25 @@ class Overview(NamedTuple):
     faults: list # sentences about files that are no status files
     left: float|None # seconds, estimated
 
+def planned_steps(study:Study, # not necessarily started
+    config:dict, # of `study_config`
+) -> dict: # {copy: Step}; {} until they are known
+    "The steps behind what is asked for, as the Snakefile has them."
+    names, items, first = config["only"] or ["summary"], config["items"], first_steps(study)
+    known, later = study.known_ends is not None, []
+    if not known and {*names} - {s.notebook for s in first}: return {}
+    if known: later = later_steps(study, [*items, *(n for n in names if n not in STAGES)])
+    def reads(s):
+        if s.notebook == "summary": return map(copy_of, items)
+        return s.after if s in first else (copy_of("find_phases"), *s.after)
+    steps, kept = {s.copy: s for s in (*first, *later)}, set()
+    ahead = [copy for copy, s in steps.items() if s.notebook in names]
+    while ahead:
+        if (copy := ahead.pop()) in kept or copy not in steps: continue
+        kept.add(copy)
+        ahead += reads(steps[copy])
+    return {copy: s for copy, s in steps.items() if copy in kept}
+
 class Watch:
     "Looks at the files of a study, at most twice a second."
     def __init__(self, study:Study, # not necessarily started
@@ -187,16 +207,8 @@ class Watch:
     ):
         self.study, self.config, self.steps, self.times, self.seen, self.at = study, config, {}, {}, None, 0.0
 
-    def planned(self) -> dict: # {copy: Step} of all that is asked for; {} until that is known
-        if self.steps or self.config is None or self.study.known_ends is None: return self.steps
-        names, items = self.config["only"] or ["summary"], self.config["items"]
-        steps = {s.copy: s for s in (*first_steps(self.study), *later_steps(self.study, [*items, *names]))}
-        ahead, kept = [s.copy for s in steps.values() if s.notebook in names], set()
-        while ahead:
-            if (copy := ahead.pop()) in kept or copy not in steps: continue
-            kept.add(copy)
-            ahead += [copy_of(i) for i in items] if steps[copy].notebook == "summary" else steps[copy].after
-        self.steps = {copy: s for copy, s in steps.items() if copy in kept}
+    def planned(self): # as `planned_steps`, once
+        if not self.steps and self.config is not None: self.steps = planned_steps(self.study, self.config)
         return self.steps
 
     def duration(self, copy): # seconds that a finished step took, as papermill noted; None: not known
@@ -229,8 +241,8 @@ class Watch:
 
 def describe_whole(seen:Overview) -> str: # one line
     "The study as a whole."
-    of = f"{seen.done} of {seen.total} done" if seen.total else f"{seen.done} done; the phases will tell how many there are"
-    return f"{seen.name}: {of}{'' if seen.left is None else f', about {show_time(seen.left)} left'}"
+    of = f"of {seen.total} done" if seen.total else "done; the phases will tell how many there are"
+    return f"{seen.name}: {seen.done} {of}{'' if seen.left is None else f', about {show_time(seen.left)} left'}"
 
 def describe_overview(seen:Overview) -> list[str]: # lines
     "A line for each run, and one for the whole."
