@@ -185,6 +185,7 @@ def read_json(path:str|Path, # a JSON file
 # %% ../nbs/api/00_core.ipynb #676c82bd
 class progress: # noqa: N801 (called like tqdm)
     "A progress bar on a terminal or in a live notebook; silent elsewhere, and where `RAPTOR_PROGRESS=0`."
+    listener = None # listener(bar, ends) is called when any bar, shown or not, starts (True), moves, and stops (True)
     def __init__(self, total:int, # units of work
         desc:str="", # what is done
         initial:int=0, # units that are done already
@@ -194,19 +195,18 @@ class progress: # noqa: N801 (called like tqdm)
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         columns += TextColumn(f"{unit} {{task.fields[note]}}"), TimeRemainingColumn()
-        self.bar = Progress(*columns, transient=True)
+        self.bar, self.unit, self.values = Progress(*columns, transient=True), unit, {}
         seen = self.bar.console.is_terminal or self.bar.console.is_jupyter
         self.bar.disable = disable or not seen or os.environ.get("RAPTOR_PROGRESS") == "0"
         self.task = self.bar.add_task(desc, total=total, completed=initial, note="")
-        self.bar.start()
+        self.bar.start(), self.tell(True)
 
-    def update(self, n:int=1): self.bar.update(self.task, advance=n)
-
+    def tell(self, ends:bool=False): progress.listener and progress.listener(self, ends)
+    def update(self, n:int=1): self.bar.update(self.task, advance=n), self.tell()
     def set_postfix(self, values:dict, refresh:bool=True):
         note = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-        self.bar.update(self.task, note=note)
-
-    def close(self): self.bar.stop()
+        self.values.update(values), self.bar.update(self.task, note=note)
+    def close(self): self.bar.stop(), self.tell(True)
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 

@@ -39,7 +39,7 @@ def digests(home):
 def left_behind(home, temporary, processes):
     "Processes, temporary files, checkpoints of finished runs and half-written files that outlive the command."
     alive = [f"process {p.pid}" for p in psutil.wait_procs(processes, timeout=10)[1]]
-    files = [str(p.relative_to(home)) for p in study_in(home).rglob("*") if re.fullmatch(r"\..+-[0-9a-f]{8}(\.\w+)?|checkpoint.safetensors|.*\.failed\.ipynb", p.name)]
+    files = [str(p.relative_to(home)) for p in study_in(home).rglob("*") if re.fullmatch(r"\..+-[0-9a-f]{8}(\.\w+)?|checkpoint.safetensors|\.history\.csv|\..*\.status\.json|.*\.failed\.ipynb", p.name)]
     return alive + files + [p.name for p in temporary.iterdir() if not p.name.startswith("torchinductor_")] # torch's own cache, for all
 
 

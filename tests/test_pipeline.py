@@ -63,7 +63,7 @@ def need_study():
 
 
 def test_help_reads_well(tmp_path):
-    for argv in ([], ["reproduce"], ["run"], ["presets"], ["doctor"]):
+    for argv in ([], ["reproduce"], ["status"], ["run"], ["presets"], ["doctor"]):
         result = raptor(*argv, "--help", home=tmp_path)
         assert result.returncode == 0 and "Usage: raptor" in result.stdout
     assert "whatever is missing" in raptor("reproduce", "--help", home=tmp_path).stdout
@@ -163,7 +163,7 @@ def test_the_checkpoints_of_every_run_are_found(tmp_path, name, ends):
     runs = [(f"train_{r.kind}", ({"name": r.name} if r.kind == "control" else {}) | r.params, r.folder) for r in runs] + [("train_teacher", {}, "teacher")]
     for *_, folder in runs:
         for path in (tmp_path/folder, tmp_path/folder/"one-of-many"): path.mkdir(parents=True); (path/"checkpoint.safetensors").touch()
-        (tmp_path/folder/"result.csv").touch()
+        for name in ("result.csv", ".history.csv", "one-of-many/history.csv"): (tmp_path/folder/name).touch()
     for i, (notebook, params, folder) in enumerate(runs, 1):
         pipeline.clear_checkpoints(notebook, params, tmp_path)
         assert [p.name for p in (tmp_path/folder).rglob("*")] == ["result.csv"] and len(list(tmp_path.rglob("checkpoint.safetensors"))) == 2*(len(runs) - i)

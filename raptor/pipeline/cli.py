@@ -27,11 +27,13 @@ from ..study.presets import load_preset, preset_names, preset_schema
 from ..study.settings import parse_yaml
 from ..study.steps import is_finished, seal, step
 from ..study.study import Study
+from .display import status_command
 from .needs import check_study, costs, readiness, run_needs
 from .notebooks import clear_checkpoints, notebook_parameters, raise_flag, run_notebook
 from .page import describe_other_code, write_page
 from .phase_report import phases_command
 from .processes import claimed_gpus, end_with_parent, name_user, stop_on_signals, use_threads
+from .progress import reported
 from .runs import describe_runs, reproduce
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #ff953211
@@ -109,7 +111,8 @@ def run_command(
         if name == "summary" and not output: _write_page(study, copy)
         seal(study, this, copy)
     elsewhere = nullcontext() if first else TemporaryDirectory() # of several processes, the first keeps the record
-    with claimed_gpus(run_needs(study.preset, name).get("gpu", 0)), elsewhere as scratch:
+    telling = reported(folder, this.copy) if first else nullcontext()
+    with claimed_gpus(run_needs(study.preset, name).get("gpu", 0)), elsewhere as scratch, telling:
         place = Path(output or folder/this.copy).absolute() if first else Path(scratch)/f"{name}.ipynb"
         run_notebook(name, {"preset": study.origin, **values}, place, finish if first else None)
     if first: clear_checkpoints(name, values, folder)
@@ -130,6 +133,8 @@ def _parse(text:str) -> tuple:
     return name, parse_yaml(value, f"--param {name}")
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #a58e8f6f
+app.command("status")(status_command)
+
 @app.command("page")
 def page_command(preset:PresetOption="digits", home:HomeOption=None):
     """Write summary.html from the executed summary notebook."""

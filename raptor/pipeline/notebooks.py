@@ -109,9 +109,10 @@ def clear_checkpoints(name:str, # a notebook of the paper that has run to its en
     parameters:dict, # that it ran with
     folder:str|Path, # of the study
 ) -> None:
-    "Remove the checkpoints that a run would resume from, and the folders that held nothing else."
+    "Remove the checkpoints that a run would resume from, its growing histories, and the folders that are then empty."
     if name not in TRAINED_IN: return
-    for path in list((Path(folder)/run_folder(name, parameters)).rglob("checkpoint.safetensors")):
+    own, left = Path(folder)/run_folder(name, parameters), ("checkpoint.safetensors", ".history.csv", "*/history.csv")
+    for path in [path for name in left for path in own.glob(f"**/{name}")]:
         path.unlink(missing_ok=True)
         with suppress(OSError): path.parent.rmdir() # it may hold the results of the run
 

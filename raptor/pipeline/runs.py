@@ -20,6 +20,7 @@ from ..core import RaptorError, atomic_path, check_name, check_writable, paper_r
 from ..study.presets import STAGES
 from ..study.steps import is_finished, runs_behind, step_of
 from ..study.study import Study
+from .display import shown
 from .needs import check_study, costs, describe_data, profile_path, run_needs
 from .notebooks import refresh
 from .page import item_names
@@ -98,7 +99,8 @@ def _reproduce(study, config, cores, dry_run, profile) -> int:
         files = {"snakefile": paper_root()/"Snakefile", "directory": folder, "configfile": folder/"study.yaml"}
         argv = [str(word) for option, path in files.items() for word in (f"--{option}", path)]
         argv += [*SNAKEMAKE, *(["--dry-run"] if dry_run else [])]
-        return _snakemake(argv, study.preset, profile, cores, dry_run)
+        with nullcontext() if dry_run else shown(study, config, live=not profile): # beside Snakemake's own log
+            return _snakemake(argv, study.preset, profile, cores, dry_run)
 
 def _snakemake(argv:list[str], preset, profile, cores, dry_run) -> int:
     "Call Snakemake in this process; its exit status."
