@@ -291,7 +291,7 @@ def test_a_file_replaces_keys_of_its_base_as_a_whole(tmp_path, monkeypatch, file
      "preset mine.yaml: stage2: unknown key 'stepz'"),
     ({"mine.yaml": "base: b.yaml", "b.yaml": "title: ["}, "preset b.yaml is not valid YAML"),
     ({"mine.yaml": "base: b.yaml", "b.yaml": "- a"}, "preset b.yaml must hold keys and values"),
-    ({"mine.yaml": "base: b.yaml", "b.yaml": "title: Half"}, "preset mine.yaml: missing key 'data'"),
+    ({"mine.yaml": "base: b.yaml", "b.yaml": "title: Half"}, "preset mine.yaml: 6 faults: missing key 'data' .add it.; missing key 'teacher'"),
     ({"mine.yaml": "base: digits\nphases: {ks: [2]}\ncontrols: {k: 3}"}, "preset mine.yaml: controls: k is 3"),
 ])
 def test_a_fault_in_a_base_is_one_sentence_with_its_file(tmp_path, files, sentence):

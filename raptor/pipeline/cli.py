@@ -22,13 +22,14 @@ from typing import Annotated, Optional
 import typer
 
 from .. import __version__
-from ..core import RaptorError, check_name, check_writable, data_root, home_root, usable_cores
-from ..study.presets import load_preset, preset_names, preset_schema
+from ..core import RaptorError, check_name, check_writable, data_root, home_root, read_text, usable_cores
+from ..study.presets import load_preset, preset_names, preset_path, preset_schema
 from ..study.settings import parse_yaml
 from ..study.steps import is_finished, seal, step
 from ..study.study import Study
 from .display import status_command
 from .needs import check_study, costs, readiness, run_needs
+from .new import new_command
 from .notebooks import clear_checkpoints, notebook_parameters, raise_flag, run_notebook
 from .page import describe_other_code, write_page
 from .phase_report import phases_command
@@ -53,6 +54,7 @@ def _options(version:Annotated[bool, typer.Option("--version", callback=_print_v
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #0fd7e33b
 app.command("phases")(phases_command)
+app.command("new")(new_command)
 
 @app.command("reproduce")
 def reproduce_command(preset:PresetOption="digits",
@@ -209,9 +211,13 @@ def export_command(
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #056304dd
 @app.command("presets")
-def presets_command(schema:Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a preset.")]=False):
-    """List the studies that ship with the package."""
+def presets_command(
+    name:Annotated[Optional[str], typer.Argument(help="A preset, to print with its comments.")]=None,
+    schema:Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a preset.")]=False,
+):
+    """List the studies that ship with the package, or print the preset of one."""
     if schema: return print(json.dumps(preset_schema(), indent=1))
+    if name: return print(read_text(preset_path(name)).rstrip("\n"))
     for name in preset_names():
         preset = load_preset(name)
         print(f"{name:16}{preset.title}\n{'':16}k = {list(preset.phases.ks)}, {preset.replicas} replica(s); "

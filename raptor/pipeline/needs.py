@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core import RaptorError, atomic_path, fingerprint, paper_root, read_text
-from ..data.load import data_folder
+from ..study.module import use_module
 from ..study.presets import Preset, load_preset, preset_names, trainings
 from ..study.settings import parse_yaml
 from ..study.specs import DataSpec, TeacherSpec
@@ -33,7 +33,7 @@ def describe_data(preset:Preset, # of the study
     "Which data and weights are read, from where, and whether they are there."
     lines = [f"{'model':8}{name:28}     {spec.name}: {_source(spec)}" for name, spec in preset.backbones.items()]
     for purpose, spec, split, _ in data_uses(preset):
-        folder = data_folder(spec.name)
+        folder = spec.folder
         name, limit = (spec.split, spec.limit) if split == "train" else (spec.test_split, spec.test_limit)
         where = "comes with scikit-learn" if folder is None else f"{folder}{'' if folder.is_dir() else ' (not found)'}"
         pair = spec.size if isinstance(spec.size, (list, tuple)) else [spec.size]*2
@@ -45,7 +45,7 @@ def describe_data(preset:Preset, # of the study
 def _source(spec:TeacherSpec) -> str:
     "Where the weights of a backbone come from."
     if spec.random: return "random weights"
-    file = spec.weights and weights_path(spec.weights)
+    file = spec.weights and weights_path(spec.weights, spec.beside)
     start = f"{file}{'' if file.is_file() else ' (not found)'}" if file else "published weights" * spec.pretrained
     return start if spec.train is None else f"trained here, from {start or 'random weights'}"
 
@@ -54,6 +54,7 @@ def check_models(preset:Preset, # of the study
 ) -> dict: # {(name, task, or "data"): (depth, width, (height, width in pixels)), None where it is not known yet}
     "Build every backbone without storage at each resolution; raise `RaptorError` if one fails or phases do not fit."
     sizes, found = {"data": None} | {task: probe.img_size for task, probe in preset.probes.items()}, {}
+    use_module(preset)
     for name, spec in preset.backbones.items():
         where, built = _where(preset, name), {}
         for task, size in sizes.items():
@@ -126,8 +127,8 @@ def check_study(study:Study, # that is about to run
         if (tracker := settings.get("log_with")) and not find_spec(tracker):
             raise RaptorError(f"preset {preset.name}: {where}: {tracker} is not installed; pip install {tracker}.")
     files = any(spec.weights or spec.head or spec.pretrained for spec in preset.backbones.values())
-    folders = [folder for _, spec, *_ in data_uses(preset) if (folder := data_folder(spec.name))]
-    if not (files or folders) and _checked_before(study): return
+    folders = [folder for _, spec, *_ in data_uses(preset) if (folder := spec.folder)]
+    if not (files or folders or preset.module) and _checked_before(study): return
     shapes = check_models(preset)
     _check_weights(study, shapes, complete)
     _check_data(study, shapes, complete)
@@ -165,14 +166,14 @@ def _check_weights(study, shapes, complete):
     for name, spec in study.preset.backbones.items():
         where = _where(study.preset, name)
         try: # fetched now: the runs themselves may have no connection to the hub
-            there = _present(spec.weights, complete)
+            there = _present(spec, spec.weights, complete)
             if there or spec.pretrained and complete and not spec.weights: study.teacher(spec, trained=False)
-            if head := _present(spec.head, complete): _check_head(head, shapes.get((name, "data")))
+            if head := _present(spec, spec.head, complete): _check_head(head, shapes.get((name, "data")))
         except RaptorError as e: raise RaptorError(f"{where}: {e}") from e
 
-def _present(file:str|None, complete) -> Path|None:
+def _present(spec, file:str|None, complete) -> Path|None:
     "The path of a file; None if there is none to look at yet, which is right only for a download."
-    path = file and (weights_file if complete else weights_path)(file)
+    path = file and (weights_file if complete else weights_path)(file, spec.beside)
     if not path or path.is_file(): return path or None
     if not complete and file.startswith("https:"): return None
     raise RaptorError(f"there is no file {path}; put it there, or name another.")
@@ -189,12 +190,12 @@ def _check_data(study, shapes, complete):
     "Open every dataset, and compare it with the models that see it and the trainings that draw from it."
     preset, opened = study.preset, {}
     for purpose, spec, split, task in data_uses(preset):
-        if not complete and (folder := data_folder(spec.name)) and not folder.is_dir(): continue
+        if not complete and (folder := spec.folder) and not folder.is_dir(): continue
         if (use := str((spec, split, task))) not in opened:
             opened[use] = data = study.dataset(split, task, spec)
-            if data_folder(spec.name): data[0] # decoded
+            if spec.folder: data[0] # decoded
         data, place = opened[use], "data" if purpose == "trajectories" else f"probes: {purpose}: data"
-        if data_folder(spec.name) is None and len(data) > 10**6: # they are drawn when they are first read
+        if spec.folder is None and len(data) > 10**6: # they are drawn when they are first read
             raise RaptorError(f"preset {preset.name}: {place}: {len(data):,} images do not fit in memory; lower limit.")
         _check_sizes(preset, data, place, purpose, shapes)
         if split == "train": _check_batches(preset, len(data), place, purpose)
@@ -222,7 +223,7 @@ def _check_classes(study, data, place:str):
     "An official head scores the classes of the data."
     from raptor.teacher.weights import load_linear_head
     for name, spec in study.preset.backbones.items():
-        path = spec.head and weights_path(spec.head)
+        path = spec.head and weights_path(spec.head, spec.beside)
         if not path or not path.is_file() or not isinstance(data.num_classes, int): continue
         if (classes := len(load_linear_head(path)[1])) != data.num_classes:
             raise RaptorError(f"{_where(study.preset, name)}: the head {path} has {classes} classes and {place} has "
@@ -233,7 +234,7 @@ def readiness(preset:str, # a name that ships, or a path
 ) -> str: # "ready", what is missing, or the first fault
     "Whether a study could run here, from what is on this machine."
     study = Study.open(preset, home)
-    folders = {str(data_folder(spec.name)) for _, spec, *_ in data_uses(study.preset) if data_folder(spec.name)}
+    folders = {str(spec.folder) for _, spec, *_ in data_uses(study.preset) if spec.folder}
     try: check_study(study, complete=False)
     except RaptorError as e: return str(e)
     absent = sorted(folder for folder in folders if not Path(folder).is_dir())

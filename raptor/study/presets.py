@@ -42,6 +42,7 @@ from raptor.study.specs import (
     DataSpec,
     Folder,
     Line,
+    Module,
     PhaseSpec,
     ProbeSpec,
     Spec,
@@ -109,6 +110,7 @@ class Preset(Spec):
     extra_models:dict[Folder, TeacherSpec] = {} # backbones that are probed for comparison, by name
     resources:Annotated[Resources, AfterValidator(_check_resources)] = {}
     controls:ControlSpec = ControlSpec() # the runs that `--all` adds
+    module:Module|None = None # Python module that registers own models with timm: beside this file, or installed
     base:Line|None = None # the preset whose keys hold where this file has none: a name that ships, or a file
     name:SkipJsonSchema[str] = "" # of its folder: the stem of the file's name
 
@@ -237,26 +239,38 @@ def preset_path(preset:str|Path, # a name that ships with the package, or a path
     return paper_root()/"presets"/f"{check_name(str(preset), preset_names(), 'preset')}.yaml"
 
 def load_preset(preset:str|Path, # a name that ships with the package, or a path to a YAML file
+    text:str|None=None, # what that file is going to hold
 ) -> Preset: # with the name of its folder
-    "Read and check a preset; raises `RaptorError` with one sentence about what is wrong."
-    path = preset_path(preset)
-    where, (values, places) = f"preset {path.name}", _merged(path)
+    "Read and check a preset; raises `RaptorError` with one sentence about all that is wrong."
+    path = preset_path(preset) if text is None else Path(preset).absolute()
+    where, (values, files) = f"preset {path.name}", _merged(path, text)
     if not re.fullmatch(r"\w[\w.+-]*", path.stem):
         raise RaptorError(f"{where} has a name that cannot be a folder's; rename it, with letters, digits and . + - _.")
-    return _sized(validated(Preset, {**values, "name": _folder_name(path)}, where, places))
+    places = {key: f"preset {file.name}" for key, file in files.items()}
+    found = validated(Preset, {**values, "name": _folder_name(path)}, where, places)
+    return _sized(_placed(found, {key: file.parent for key, file in files.items()}))
 
-def _merged(path, above=()) -> tuple[dict, dict]: # values; {key: the file that it stands in}
+def _merged(path, text=None, above=()) -> tuple[dict, dict]: # values; {key: the file that it stands in}
     "The keys of a file, and those of its base that it does not replace."
     where, chain = f"preset {path.name}", (*above, path.resolve())
-    values = validated(dict, parse_yaml(read_text(path, YAML_BYTES), where), where)
-    base, places = validated(Line | None, values.pop("base", None), f"{where}: base"), dict.fromkeys(values, where)
-    if base is None: return values, places
+    values = validated(dict, parse_yaml(read_text(path, YAML_BYTES) if text is None else text, where), where)
+    base, files = validated(Line | None, values.pop("base", None), f"{where}: base"), dict.fromkeys(values, path)
+    if base is None: return values, files
     try: below = preset_path(path.parent/base if Path(base).suffix else base)
     except RaptorError as e: raise RaptorError(f"{where}: base: {e}") from e
     if below.resolve() in chain: raise RaptorError(f"{where}: base: {base} has this file as its base; end the circle.")
     if len(chain) > BASES: raise RaptorError(f"{where}: base: more than {BASES} in a row; merge some of them.")
-    others, theirs = _merged(below, chain)
-    return others | values, theirs | places
+    others, theirs = _merged(below, above=chain)
+    return others | values, theirs | files
+
+def _placed(preset, folders) -> Preset:
+    "Sections whose relative paths start at the folder of the file that they stand in."
+    def at(key, spec): return spec.placed(folders.get(key))
+    probes = {task: p.model_copy(update={"data": at("probes", p.data)}) for task, p in preset.probes.items()}
+    models = {name: at("extra_models", model) for name, model in preset.extra_models.items()}
+    data, teacher = at("data", preset.data), at("teacher", preset.teacher)
+    update = {"data": data, "teacher": teacher, "probes": probes, "extra_models": models}
+    return at("module", preset).model_copy(update=update)
 
 def _folder_name(path) -> str:
     "The stem of a preset's file, with a suffix of its own if that is the name of another preset, which ships."

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['YAML_BYTES', 'YAML_NODES', 'YAML_DEPTH', 'SCALARS', 'STRICT', 'Count', 'Whole', 'Positive', 'NotNegative', 'Rate',
            'Fraction', 'Seed', 'Layers', 'Few', 'Task', 'Precision', 'SETTINGS', 'FIT_DEFAULTS', 'PROBE_DEFAULTS',
-           'parse_yaml', 'CommonSettings', 'FitSettings', 'TeacherSettings', 'TrainSettings', 'ProbeSettings',
-           'validated', 'one_sentence', 'known', 'make_config']
+           'MOST_TOLD', 'parse_yaml', 'CommonSettings', 'FitSettings', 'TeacherSettings', 'TrainSettings',
+           'ProbeSettings', 'validated', 'one_sentence', 'known', 'make_config']
 
 # %% ../../nbs/api/study/00_settings.ipynb #44d1e6ba
 import re
 from collections import Counter
+from difflib import get_close_matches
 from typing import Annotated, Literal
 
 import yaml
@@ -153,24 +154,58 @@ def one_sentence(error:ValidationError, # what pydantic found
     where:str, # where it stands
     places:dict={}, # {key: where it stands}, for those that stand elsewhere
 ) -> str: # "preset mine.yaml: stage2: unknown key 'step'; did you mean 'steps'?"
-    "The first unknown key, or else the innermost finding, as one sentence."
-    first = min(error.errors(include_url=False), key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
-    what, value, loc, path = first["type"], first["input"], [s for s in first["loc"] if s != "[key]"], []
-    of_key = what in ("extra_forbidden", "invalid_key") or len(loc) < len(first["loc"])
-    where = places.get(loc[0], where) if loc else where
-    for step in loc[:-1] if of_key else loc:
-        try: inner = values[step]
-        except (KeyError, TypeError): continue # a missing key, or pydantic's name for a member of a union
+    "All findings as one sentence: unknown keys, missing keys, then values."
+    found, told = _distinct(error.errors(include_url=False), values), {}
+    for e, steps, key in found:
+        place = places.get((*steps, key)[0], where)
+        told[_told(e, steps, key, kind, values, place)] = place
+    if len(told) == 1: return next(iter(told))
+    where = next(iter(told.values())) if len({*told.values()}) == 1 else where
+    parts = [_aside(text.removeprefix(where).lstrip(": ")) for text in told][:MOST_TOLD]
+    more = f"; and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
+    return f"{where}: {len(told)} faults: {'; '.join(parts)}{more}."
+
+MOST_TOLD = 20 # findings in one sentence
+
+def _aside(sentence): # "lr is 'fast'; it must be a valid number." -> "lr is 'fast' (it must be a valid number)"
+    what, _, cure = sentence.rstrip(".").rpartition("; ")
+    return f"{what} ({cure})" if what else cure
+
+def _distinct(errors, values) -> list: # of (error, steps to the section or value, key in it or None)
+    "Of a union the innermost finding; nothing below a key that is wrong; no missing key that another was meant to be."
+    found = {}
+    for e in sorted(errors, key=lambda e: -len(e["loc"])):
+        of_key = e["type"] in ("extra_forbidden", "invalid_key", "missing") or "[key]" in e["loc"]
+        loc, steps, inner = [s for s in e["loc"] if s != "[key]"], (), values
+        for step in loc[:-1] if of_key else loc:
+            try: inner, steps = inner[step], (*steps, step)
+            except (KeyError, TypeError): continue # pydantic's name for a member of a union
+        found.setdefault((steps, loc[-1] if of_key else None), e)
+    below = {steps[:n] for steps, key in found for n in range(len(steps) + (key is not None))}
+    wrong = {(*steps, key) for (steps, key), e in found.items() if "[key]" in e["loc"]}
+    for steps, key in [place for place, e in found.items() if e["type"] == "extra_forbidden"]:
+        absent = [k for (s, k), e in found.items() if s == steps and e["type"] == "missing"]
+        for meant in get_close_matches(str(key), absent, n=1, cutoff=0.4): del found[steps, meant]
+    kept = [(e, *place) for place, e in found.items() if (place[1] is not None or place[0] not in below)
+            and not any(place[0][:n] in wrong for n in range(1, len(place[0]) + 1))]
+    rank, order = ("extra_forbidden", "missing"), [id(e) for e in errors]
+    return sorted(kept, key=lambda f: (*(f[0]["type"] != r for r in rank), order.index(id(f[0]))))
+
+def _told(error, steps, key, kind, values, where) -> str:
+    "One finding as a sentence."
+    what = error["type"]
+    for step in steps:
         where += f"[{step}]" if isinstance(values, list) else f": {step}"
-        values, path = inner, [*path, step]
-    if what == "missing": return f"{where}: missing key {loc[-1]!r}; add it."
-    if what == "value_error": return f"{where}: {first['ctx']['error']}"
-    if what in ("model_type", "dict_type"): return f"{where} must hold keys and values, not {value!r:.80}."
+        values = values[step]
+    if what == "missing": return f"{where}: missing key {key!r}; add it."
+    if what == "value_error": return f"{where}: {error['ctx']['error']}"
+    if what in ("model_type", "dict_type"): return f"{where} must hold keys and values, not {error['input']!r:.80}."
     if what not in ("extra_forbidden", "literal_error"):
-        message = re.sub("^(Input|List|String) should", "it must", first["msg"])
-        return f"{where}{': a key' if of_key else ''} is {value!r:.80}; {message}."
-    names = re.findall("'([^']*)'", first["ctx"]["expected"]) if what == "literal_error" else _keys(kind, path)
-    try: known(loc[-1] if of_key else value, names, "key" if of_key else "value", f"{where}: ")
+        message = re.sub("^(Input|List|String) should", "it must", error["msg"])
+        return f"{where}{': a key' * (key is not None)} is {error['input']!r:.80}; {message}."
+    names = re.findall("'([^']*)'", error["ctx"]["expected"]) if what == "literal_error" else _keys(kind, steps)
+    of_key = key is not None
+    try: known(key if of_key else error["input"], names, "key" if of_key else "value", f"{where}: ")
     except ValueError as e: return str(e)
 
 def known(name, # a name that a user gave

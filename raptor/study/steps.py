@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..core import RaptorError, code_version, file_digest, fingerprint, paper_root, read_json, write_json
 from .controls import Run, control_k
+from .module import module_files
 from .presets import Preset
 from .study import Study
 from .weights import weights_path
@@ -201,9 +202,10 @@ def spec_of(study:Study, # the study
     if preset.teacher.train is not None: parts["heads"] = {t: _bare(p.head) for t, p in preset.probes.items()}
     if notebook == "train_probe": parts["probe"] = _bare(preset.probes.get(step.params["task"]))
     if name := step.params.get("variant"): parts["variant"] = _bare(preset.all_variants.get(name))
+    if preset.module: parts["module"] = {name: _digest(f) for name, f in module_files(preset).items()}
     if notebook == "summary": parts["source"] = source_of(notebook) # it names what other code made
     models = [preset.teacher, *(preset.extra_models.values() if "extra_models" in sections else ())]
-    files = {f: _digest(weights_path(f)) for m in models for f in (m.weights, m.head) if f}
+    files = {f: _digest(weights_path(f, m.beside)) for m in models for f in (m.weights, m.head) if f}
     seeds = {name: preset.seeds.get(name) for name in ("teacher", *(["phases"] if "phases" in sections else []))}
     return fingerprint([parts, seeds, files, step.params])
 

@@ -17,6 +17,7 @@ from ..core import RaptorError, atomic_path, check_name, home_root, mixed_precis
 from ..data.load import DATASETS, load_dataset
 from ..phases import read_phases
 from .controls import all_runs, control_runs
+from .module import use_module
 from .presets import Preset, load_preset, preset_path
 from .results import read_table
 from .settings import Count, make_config, validated
@@ -69,8 +70,7 @@ class Study:
         **more, # further columns
     ) -> dict:
         "The run record of something made from this study."
-        caveat = {"caveat": self.preset.caveat} if self.preset.caveat else {}
-        return run_record(seed=seed, preset=self.name, **caveat, **more)
+        return run_record(seed=seed, preset=self.name, **({"caveat": c} if (c := self.preset.caveat) else {}), **more)
 
     def save_table(self, name:str|Path, # path under the study's folder, e.g. results/tab_probes.csv
         frame:pd.DataFrame, # tidy rows
@@ -98,7 +98,7 @@ class Study:
         names, limits = {"train": spec.split, "test": spec.test_split}, {"train": spec.limit, "test": spec.test_limit}
         settings = {"augment": False, "size": _pair(spec.size), "limit": limits.get(split),
                     "on_error": spec.on_error, **self.normalisation(model)} | kwargs
-        return load_dataset(spec.name, names.get(split, split), task, **settings)
+        return load_dataset(spec.name, names.get(split, split), task, spec.root, **settings)
 
     def teacher(self, spec:TeacherSpec|None=None, # another backbone; None: the preset's
         img_size=None, # (H, W); None: that of `spec`
@@ -110,12 +110,12 @@ class Study:
         from raptor.teacher.backbone import Backbone
         spec, own = spec or self.preset.teacher, self.folder/"teacher"/"backbone.safetensors"
         size, kwargs = _pair(img_size or spec.img_size), spec.arguments
-        weights = own if spec.train is not None and trained else weights_file(spec.weights) if spec.weights else None
+        use_module(self.preset)
+        weights = spec.weights and weights_file(spec.weights, spec.beside) if spec.train is None or not trained else own
         if weights == own and not own.exists():
             raise RaptorError(f"{own} does not exist; run the notebook train_teacher first.")
         if spec.pretrained or weights or spec.train is not None:
-            kwargs |= {"pretrained": spec.pretrained, "weights": weights, "img_size": size}
-            backbone = Backbone.create(spec.name, **kwargs)
+            backbone = Backbone.create(spec.name, spec.pretrained, weights, size, **kwargs)
             if spec.train is not None: backbone.mean, backbone.std = self.normalisation().values() # for its training
             return backbone
         with torch.random.fork_rng([]): # the same random weights in every run, at any image size
@@ -171,6 +171,7 @@ def normalisation(self:Study, model:str="teacher", # teacher, a Raptor, or an ex
         return {"mean": own.mean, "std": own.std, **spec.normalisation}
     if spec.normalisation: return spec.normalisation
     from raptor.teacher.backbone import timm
+    use_module(self.preset)
     known_by_name = not spec.weights and ":" not in spec.name # a file may say it, and a hub's is known by its model
     config = timm.get_pretrained_cfg(spec.name) if known_by_name else None
     config = config.to_dict() if config else self.teacher(spec).model.pretrained_cfg
@@ -180,7 +181,7 @@ def official_head(self:Study, model:str="teacher", # teacher, a Raptor, or an ex
 ) -> tuple|None: # (weight, bias); None if the preset names none
     "The linear head that was released with the backbone behind a model."
     from raptor.teacher.weights import load_linear_head
-    return load_linear_head(weights_file(head)) if (head := self._spec(model).head) else None
+    return load_linear_head(weights_file(spec.head, spec.beside)) if (spec := self._spec(model)).head else None
 
 @patch
 def teacher_heads(self:Study, backbone, # the study's teacher, whose states the heads read
@@ -270,9 +271,8 @@ def probe_config(self:Study, task:str, # classification | segmentation | depth, 
 def teacher_config(self:Study): # FitConfig
     "How the study's own teacher is trained."
     from raptor.train.fit import FitConfig
-    settings = {k: v for k, v in self.preset.teacher.train.items() if k != "loss_weights"}
-    seed = self.preset.seeds["teacher"]
-    return make_config(FitConfig, {**settings, "seed": seed}, f"preset {self.name}: teacher: train")
+    own = {k: v for k, v in self.preset.teacher.train.items() if k != "loss_weights"}
+    return make_config(FitConfig, {**own, "seed": self.preset.seeds["teacher"]}, f"preset {self.name}: teacher: train")
 
 # %% ../../nbs/api/study/06_study.ipynb #10f93433
 @patch
