@@ -109,8 +109,8 @@ class RecurrentBlock(Recurrence):
         self.qkv, self.proj = nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.qkv.weight) # as nn.MultiheadAttention starts: queries, keys and values jointly
         for layer in (self.qkv, self.proj): nn.init.zeros_(layer.bias)
-        rows = c.hidden*(2 if mlp == "swiglu" else 1)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, rows), "fc2": nn.Linear(c.hidden, dim)})
+        fc1, fc2 = nn.Linear(dim, c.hidden*(1 + (mlp == "swiglu"))), nn.Linear(c.hidden, dim)
+        self.mlp = nn.ModuleDict({"fc1": fc1, "fc2": fc2})
         self.gamma1, self.gamma2 = (nn.Parameter(torch.full((dim,), float(layer_scale))) for _ in range(2))
         if c.qk_norm: self.q_norm, self.k_norm = (nn.LayerNorm(dim // num_heads, c.eps) for _ in range(2))
         shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}
@@ -119,6 +119,7 @@ class RecurrentBlock(Recurrence):
         self.changes = nn.ModuleDict({n: CHANGES[n](shapes, c.steps, *settings.get(n, ())) for n in c.changes})
         self.own, self._merged, self._mark = tuple(shapes), {}, None
         self._parts = list(self.modules()) # whose parameters are, even if replaced
+        self.taps = nn.ModuleDict({site: nn.Identity() for site in ("map", "attn", "mlp")}) # for hooks
 
     def attention(self, x:Tensor, # (B, N, D), normalised
         weights:dict|None=None, # by name; None: the block's own
@@ -128,7 +129,7 @@ class RecurrentBlock(Recurrence):
         qkv = F.linear(x, w["qkv.weight"], w["qkv.bias"])
         q, k, v = qkv.unflatten(-1, (3, self.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if self.config.qk_norm: q, k = self._norm(q, "q_norm", w), self._norm(k, "k_norm", w)
-        return F.linear(attend(q, k, v).transpose(1, 2).flatten(2), w["proj.weight"], w["proj.bias"])
+        return F.linear(attend(*self.taps.map((q, k, v))).transpose(1, 2).flatten(2), w["proj.weight"], w["proj.bias"])
 
     def _norm(self, x, name, w):
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], self.config.eps)
@@ -138,15 +139,14 @@ class RecurrentBlock(Recurrence):
         stride:int=1, # number of the teacher's layers that the step stands for
     ) -> Tensor: # (B, N, D) the next state
         "One step."
-        dim = self.config.dim
-        if x.ndim != 3 or x.shape[-1] != dim:
+        if x.ndim != 3 or x.shape[-1] != (dim := self.config.dim):
             raise RaptorError(f"a block of width {dim} got a state {tuple(x.shape)}; it must be (B, N, {dim}).")
         depths = self._depths(x, t)
         w = self.merged(Step(int(t) - stride, int(t))) if self.changes else self.own_weights()
         a, b, c = (1., 1., None) if self.scaling is None else self.scaling(depths)
-        x = x + a*w["gamma1"]*self.attention(self._norm(x, "norm1", w), w)
-        h = F.linear(self._norm(x, "norm2", w), w["mlp.fc1.weight"], w["mlp.fc1.bias"])
-        x = x + b*w["gamma2"]*F.linear(ACTIVATIONS[self.config.mlp](h), w["mlp.fc2.weight"], w["mlp.fc2.bias"])
+        x = x + self.taps.attn(a*w["gamma1"]*self.attention(self._norm(x, "norm1", w), w))
+        h = ACTIVATIONS[self.config.mlp](F.linear(self._norm(x, "norm2", w), w["mlp.fc1.weight"], w["mlp.fc1.bias"]))
+        x = x + self.taps.mlp(b*w["gamma2"]*F.linear(h, w["mlp.fc2.weight"], w["mlp.fc2.bias"]))
         return x if c is None else c*x
 
     def _depths(self, x, t):
