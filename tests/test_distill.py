@@ -27,13 +27,16 @@ def teacher():
     seed_everything(0)
     return Backbone.create(NANO, pretrained=False)
 
+def call(*argv):
+    "The exit status of a command in this process."
+    try: cli.main(list(map(str, argv)))
+    except SystemExit as e: return e.code or 0
+    return 0
+
 def run(capsys, *argv):
-    "The command in this process: exit status, standard output and the lines on standard error."
-    status = 0
-    try: cli.main(["distill", *map(str, argv)])
-    except SystemExit as e: status = e.code
-    said = capsys.readouterr()
-    return status or 0, said.out, said.err.splitlines()
+    "Exit status, standard output and the lines on standard error of `raptor distill`."
+    status, said = call("distill", *argv), capsys.readouterr()
+    return status, said.out, said.err.splitlines()
 
 def contents(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
 
@@ -54,7 +57,7 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, open(folder.parent/"said", "w") as f:
         patch.setattr(command, "stop_on_signals", lambda: None)
         patch.setattr(sys, "stdout", f)
-        cli.main(["distill", *map(str, ASKED), "--out", str(folder)])
+        assert call("distill", *ASKED, "--out", folder) == 0
     return SimpleNamespace(out=folder, said=(folder.parent/"said").read_text(), about=json.loads((folder/"distill.json").read_text()))
 
 
@@ -130,13 +133,13 @@ def test_it_loads_in_a_fresh_process_without_its_teacher(made, images, features,
 def test_it_runs_in_onnx_runtime(made, images, features, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     for name in ("onnx", "onnxscript"): pytest.importorskip(name)
-    cli.main(["export", str(made.out), "--out", str(tmp_path/"student.onnx")])
+    assert call("export", made.out, "--out", tmp_path/"student.onnx") == 0
     found, = runtime.InferenceSession(tmp_path/"student.onnx").run(None, {"images": images.numpy()})
     assert np.allclose(found, features, atol=1e-4)
 
 def test_it_is_a_model_of_timm(made, images, features, tmp_path):
     import timm
-    cli.main(["export", str(made.out), "--format", "timm", "--out", str(tmp_path/"timm")])
+    assert call("export", made.out, "--format", "timm", "--out", tmp_path/"timm") == 0
     model = timm.create_model(f"local-dir:{tmp_path/'timm'}", pretrained=True).eval()
     with torch.no_grad(): assert torch.allclose(model.forward_features(images), features, atol=1e-4)
 
