@@ -219,7 +219,8 @@ def fit(objective:nn.Module, # forward(batch, step) -> dict of scalars with "los
             if due(config.checkpoint_every): run.save()
             if stopped := run.must_stop(asked): break
             bar.update()
-            bar.set_postfix(run.history[-1] if run.history else {}, refresh=False)
+            shown = run.history[-1] if run.history else {} # a terminal has little room: the loss, or a score
+            bar.set_postfix({k: v for k, v in shown.items() if k in ("loss", "r2")} or shown, refresh=False)
         if run.done < steps and not (stopped := stopped or asked.is_set()):
             raise RaptorError(f"{title}: the data ended at step {run.done} of {steps}; give a batch for each step, and "
                               f"a batch_size below {config.batch_size} if there are fewer images.")
