@@ -31,5 +31,7 @@ from .analysis.dynamics import (
 )
 from .figures.plots import plot_similarity as plot_similarity
 from .study.study import Study as Study
+from .pipeline.recipe import DistillConfig as DistillConfig
+from .pipeline.distill import distill as distill
 
 __version__: str

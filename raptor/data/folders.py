@@ -143,6 +143,7 @@ def image_folder(spec:DatasetSpec, # the request; its size may be None
 def loose_images(folder:str|Path, # any folder
     teacher, # with `img_size`, `mean` and `std`, which the images then have
     limit:int|None=None, # largest number of images, drawn with a fixed seed; None: all
+    augment:bool=False, # crop and mirror at random, as for training
 ) -> ImageDataset: # one class; `skipped` names the files that cannot be read
     "All images below a folder, at any depth; `RaptorError` if there is none."
     folder, passed = Path(folder), Counter()
@@ -150,6 +151,6 @@ def loose_images(folder:str|Path, # any folder
     if not (paths := _images_below(folder, "", passed)):
         others = f", but {_count(passed)}, passed over" if passed else ""
         raise RaptorError(f"there are no images below {folder}{others}; read are {' '.join(sorted(SUFFIXES))}.")
-    how = tuple(teacher.img_size), tuple(teacher.mean), tuple(teacher.std), False, limit, 0, "skip"
+    how = tuple(teacher.img_size), tuple(teacher.mean), tuple(teacher.std), augment, limit, 0, "skip"
     spec = DatasetSpec(f"folder:{folder}", "train", "classification", *how)
     return ImageFiles(spec, folder, ["image"], paths, [0]*len(paths))

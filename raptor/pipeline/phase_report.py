@@ -6,7 +6,6 @@
 __all__ = ['MADE_BY', 'FILES', 'measure', 'check_k', 'describe_phases', 'check_output', 'write_report', 'phases_command']
 
 # %% ../../nbs/api/pipeline/08_phase_report.ipynb #e2d901f7
-import re
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ import pandas as pd
 import typer
 
 from ..core import RaptorError, atomic_path, check_writable, home_root, read_json, run_record, write_json
-from .inputs import describe_weights, open_images, open_model, parse_models, with_cure
+from .inputs import describe_weights, folder_name, open_images, open_model, parse_models, with_cure
 
 # %% ../../nbs/api/pipeline/08_phase_report.ipynb #69673e3f
 def measure(backbone, # on its device
@@ -79,18 +78,20 @@ def describe_phases(model:dict, # from `measure`, with its name
 MADE_BY = "raptor phases"
 FILES = ("phases.json", "distance.csv", "similarity.png", "similarity.pdf", "phases.html")
 
-def check_output(folder:str|Path, # where the report is to be written
+def check_output(folder:str|Path, # where something is to be written
+    file:str="phases.json", # which says whether the folder is that of the command
+    maker:str=MADE_BY, # the command
 ) -> Path: # the folder, which is made when the first file is written
     "Refuse a folder that holds something else, or that cannot be written."
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir(): raise RaptorError(f"{folder} is a file; name a folder with --out.")
-    there = [p.name for p in folder.iterdir() if p.name != ".DS_Store"] if folder.is_dir() else []
+    there = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
     about = {}
-    if "phases.json" in there:
-        try: about = read_json(folder/"phases.json")
+    if file in there:
+        try: about = read_json(folder/file)
         except RaptorError: pass # not ours
-    if there and (not isinstance(about, dict) or about.get("made_by") != MADE_BY):
-        raise RaptorError(f"{folder} is not empty and holds no report of {MADE_BY}; name another folder with --out.")
+    if there and (not isinstance(about, dict) or about.get("made_by") != maker):
+        raise RaptorError(f"{folder} is not empty and holds no report of {maker}; name another folder with --out.")
     try: check_writable(next(p for p in (folder, *folder.parents) if p.exists()))
     except RaptorError as e: raise with_cure(e, "name another folder with --out") from e
     return folder
@@ -166,7 +167,7 @@ def phases_command(
     started, where = time.time(), names[-1]
     if len(names) < 2: raise RaptorError(f"{where} is a model or images; name both: raptor phases MODEL IMAGES.")
     requests, models = parse_models(names[:-1], arch, tuple(weights or ()), random), []
-    folder = check_output(out or home_root()/"phases"/_slug(requests, where))
+    folder = check_output(out or home_root()/"phases"/folder_name(requests, where))
     for request in requests:
         print(f"{request.label}: {describe_weights(request)}", flush=True)
         backbone = open_model(request, size, device)
@@ -179,8 +180,3 @@ def phases_command(
     framed = k or min(4, *(len(m["cuts"][kind]["cosine"]) for m in models for kind in m["cuts"]))
     written = write_report(models, folder, framed, record)
     print(f"done in {time.time() - started:.0f} s; written to {folder}: {', '.join(p.name for p in written)}")
-
-def _slug(requests, images):
-    "A folder's name for a report."
-    names = [r.name.partition(":")[2] or r.name for r in requests] + [Path(images).expanduser().absolute().name]
-    return "-".join(re.sub(r"[^\w.]+", "_", n) for n in names)[:120]

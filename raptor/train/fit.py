@@ -227,6 +227,7 @@ def fit(objective:nn.Module, # forward(batch, step) -> dict of scalars with "los
     *,
     made_for="", # what is trained on what, anything that JSON can hold; a checkpoint of anything else is refused
     evaluate=None, # evaluate(step) -> dict of numbers, added to the history
+    watch=None, # watch(rows), called whenever rows were added to the history: dictionaries with "step"
     title:str="training", # of the progress bar and the tracker
 ) -> pd.DataFrame: # columns step, lr and the objective's scalars (means since the previous row), and evaluations
     "Train `objective`, resuming from the checkpoint in `folder` if there is one, and return the history."
@@ -240,10 +241,13 @@ def fit(objective:nn.Module, # forward(batch, step) -> dict of scalars with "los
             run.step(batch)
             if run.done % config.log_every == 0 or run.done == steps: run.close_row()
             if evaluate and due(config.eval_every): run.score(evaluate)
+            if watch and accelerator.is_main_process and run.history[-1:] and run.history[-1]["step"] == run.done:
+                watch(run.history)
             if due(config.checkpoint_every): run.save()
             if stopped := run.must_stop(asked): break
             bar.update()
-            bar.set_postfix(run.history[-1] if run.history else {}, refresh=False)
+            shown = run.history[-1] if run.history else {} # a terminal has little room: the loss, or a score
+            bar.set_postfix({k: v for k, v in shown.items() if k in ("loss", "r2")} or shown, refresh=False)
         if run.done < steps and not (stopped := stopped or asked.is_set()):
             raise RaptorError(f"{title}: the data ended at step {run.done} of {steps}; give a batch for each step, and "
                               f"a batch_size below {config.batch_size} if there are fewer images.")

@@ -106,6 +106,7 @@ def train_span(source, # trajectory source, live or cached
     *,
     grids=(), # of a Raptor: further stops that it learns
     evaluate=None, # evaluate(step) -> dict of numbers
+    watch=None, # watch(rows), called as the history grows
     device=None, # of the batches; None: the accelerator's device
 ) -> pd.DataFrame: # step, lr, loss, tf, ar, evaluations
     "Train `model` to reproduce the states of `span` that it stops at."
@@ -123,7 +124,7 @@ def train_span(source, # trajectory source, live or cached
                               steps=config.steps, rank=rank, world=world, device=device)
     made_for = [source.fingerprint, wanted, getattr(model, "config", None), *([grids] if grids else [])]
     title = f"states {start}-{end}"
-    history = fit(objective, batches, config, folder, made_for=made_for, evaluate=evaluate, title=title)
+    history = fit(objective, batches, config, folder, made_for=made_for, evaluate=evaluate, watch=watch, title=title)
     for block in _blocks(model): block.trained_on = source.fingerprint
     if isinstance(model, RecurrentBlock): model.span = (start, end)
     model.eval()
@@ -145,11 +146,12 @@ def train_raptor(source, # trajectory source, live or cached
     *,
     grids=(), # further stops that it learns; afterwards it runs `at` any of them
     evaluate=None, # evaluate(step) -> dict of numbers
+    watch=None, # watch(rows), called as the history grows
 ) -> pd.DataFrame: # step, lr, loss, ar, evaluations
     "Stage 2: train all blocks of `raptor` together on the whole depth."
     if (depth := raptor.phases.depth) != source.depth:
         raise RaptorError(f"a Raptor of depth {depth} cannot learn {source.depth} layers; use its own backbone.")
-    return train_span(source, raptor, (0, source.depth), config, folder, grids=grids, evaluate=evaluate)
+    return train_span(source, raptor, (0, source.depth), config, folder, grids=grids, evaluate=evaluate, watch=watch)
 
 # %% ../../nbs/api/train/03_stages.ipynb #69e91fa7
 def benchmark_step(dim:int=768, # D, width of a token
