@@ -24,11 +24,15 @@ from .probes.train import (
     fidelity as fidelity,
     train_probe as train_probe,
 )
+from .analysis.alignment import compare_models as compare_models, path_statistics as path_statistics
 from .analysis.dynamics import (
     angular_speed as angular_speed,
     brh_epsilon as brh_epsilon,
     directional_convergence as directional_convergence,
 )
+from .analysis.inside import attention_maps as attention_maps, site_trajectory as site_trajectory
+from .analysis.patching import patching_effects as patching_effects, run_patched as run_patched
+from .analysis.readout import knn_accuracy as knn_accuracy, logit_lens as logit_lens
 from .figures.plots import plot_similarity as plot_similarity
 from .study.study import Study as Study
 from .pipeline.recipe import DistillConfig as DistillConfig
