@@ -215,9 +215,10 @@ def describe_new(path:Path, # of the preset
     "What was written, what is missing, and what to do next."
     network = f"{plan.depth} layers of width {plan.width}" if plan.depth else "a model known once it is downloaded"
     images = f"{plan.images:,} training images" if plan.images else f"no data in {data_folder(plan.data['name'])} yet"
-    lines = [f"{path}: {network}, {images}, settings of {recipe}; checked"]
+    here = str(path) if (near := os.path.relpath(path)).startswith("..") else near
+    lines = [f"{here}: {network}, {images}, settings of {recipe}; checked"]
     if not {"weights", "pretrained", "random"} & plan.teacher.keys():
         lines.append(f"no weights of {plan.teacher['name']} are published: the study trains it first")
-    command = f"raptor reproduce --preset {shlex.quote(os.path.relpath(path))}"
+    command = f"raptor reproduce --preset {shlex.quote(here)}"
     then = {" --dry-run": "what will run", " --only find_phases": "the phases alone", "": "all; it ends with a page"}
     return [*lines, *(f"{command + option:{len(command) + 20}} # {what}" for option, what in then.items())]

@@ -83,7 +83,8 @@ def _brief(stage2) -> dict: # of some thirty control runs
     steps = max(min(stage2["steps"], 500), stage2["steps"] // 20)
     return {"steps": steps, "warmup": min(stage2["warmup"], max(1, steps // 20))}
 
-def _said(spec): return {k: v for k, v in spec.model_dump().items() if v not in (None, spec.model_fields[k].default)}
+def _said(spec):
+    return {k: v for k, v in spec.model_dump().items() if v not in (None, type(spec).model_fields[k].default)}
 
 def _teacher_training(plan, recipe, fit) -> dict:
     "How a teacher without weights is trained, on the tasks that are probed."
@@ -117,6 +118,7 @@ REMARKS = { # instead of the descriptions of the schema
     "block: conditioning": "what a block has of its own for each layer: scaling, vectors, low_rank, experts",
     "block: rank": "of the low-rank updates", "block: mlp": "swiglu or gelu",
     "block: layer_scale": "at the start of training",
+    "probes": "tasks on which the teacher and the Raptors are compared",
     "stage2: loss": "mse, weighted, cosine or mse+cosine", "stage2: token_weights": "of cls, registers and patches",
     "stage2: forcing": "each step starts from the state that the last one predicted; also teacher, annealed",
     "controls: train": "changes to stage2 for them", "resources: disk_gb": "free space that is asked for at the start"}
