@@ -182,7 +182,8 @@ def table(self:Trainer) -> pd.DataFrame: # one row for each step that was record
     return pd.DataFrame(self.history).drop(columns="evaluated", errors="ignore").groupby("step", as_index=False).first()
 
 @patch
-def write_table(self:Trainer, now:bool=False):
+def write_table(self:Trainer, now:bool=False, # whatever it costs
+):
     "Write the history so far, atomically; unless `now`, so rarely that it takes less than a hundredth of the time."
     begun, idle = time.monotonic(), not (self.folder and self.history and self.accelerator.is_main_process)
     if idle or not now and begun < self.table_due: return
