@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/"nbs"
 
 # Pages in the order of reading; a page that is not named here follows in alphabetical order.
-HOWTO = ("phases", "foreign", "cluster", "cache", "share", "deploy", "new_figure", "contribute")
+HOWTO = ("phases", "new_preset", "foreign", "cluster", "cache", "share", "deploy", "new_figure", "contribute")
 EXPLAINS = ("method", "beyond", "differences", "architecture", "reliability", "speed")
 PAPER = ("tab_probes", "tab_segmentations", "fig_similarity", "fig_accuracy_r2", "tab_ablation", "fig_partitions",
          "fig_stochastic_depth", "fig_swaps", "fig_epsilon", "fig_convergence", "fig_basins", "fig_perturbation",
