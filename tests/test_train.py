@@ -251,6 +251,7 @@ def test_the_loop_can_do_without_float64(tmp_path):
     def start():
         run = Trainer(SpanObjective(new_block(), 0, SHORT), SHORT, None)
         run.wide, run.folder, run.path, run.made_for = torch.float32, tmp_path, tmp_path/"checkpoint.safetensors", "x"
+        run.table_path = tmp_path/"history.csv"
         return run
     batches = list(Rotating().batches(16, end=3, seed=0, steps=3))
     with Narrow():
