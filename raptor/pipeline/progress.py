@@ -129,7 +129,7 @@ def sign_of_life(status:Status, # of a run
 ) -> str: # "": it is at work
     "Whether a run has ended without finishing, as far as this host can tell."
     at, here = time.strftime("%H:%M:%S", time.localtime(status.updated)), status.host == socket.gethostname()
-    if here and not _is_there(status.pid): return f"stopped at {at}"
+    if here and not _is_there(status.pid): return f"stopped, last heard at {at}"
     if (here and not status.in_loop) or now - status.updated <= max(300, 20*(status.seconds or 0)): return ""
     return f"no sign of life since {at}"
 
