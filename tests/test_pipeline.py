@@ -240,9 +240,10 @@ def studies(tmp_path_factory):
     running = [start("reproduce", "--preset", preset, home=folder/home, umask=umask) for home, umask in (("one", 0o002), ("two", 0o077))]
     del os.environ["JUPYTER_PATH"]
     try:
-        for process in running: assert process.wait(PATIENCE) == 0, process.stderr.read()
+        said = [process.communicate(timeout=PATIENCE) for process in running]
+        assert [process.returncode for process in running] == [0, 0], "\n".join(out + err for out, err in said)
     finally:
-        for process in running: process.kill(); process.communicate()
+        for process in running: process.kill()
     return folder/"one"/"tiny", folder/"two"/"tiny", preset
 
 

@@ -9,6 +9,7 @@ from raptor.model.layer import flop_matched_hidden
 from raptor.core import mixed_precision, seed_everything
 from raptor.model.as_backbone import RaptorBackbone
 from raptor.model.raptor import Raptor
+from raptor.model.recurrence import even
 from raptor.phases import Phases
 
 from conftest import DEVICE, ON_GPU
@@ -24,15 +25,33 @@ def models():
     return teacher, RaptorBackbone(teacher, raptor).eval()
 
 
+def timed(work, models, name, precision):
+    "One batch through the features of a teacher and of what stands in for it, in turns."
+    images = torch.randn(BATCH, 3, 224, 224, device=DEVICE)
+    def forward(features):
+        def run():
+            with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"): features(images)
+        return run
+    teacher, raptor = map(forward, models)
+    work(f"inference of {NAME}, batch {BATCH}, {precision}, {name}", raptor, rounds=ROUNDS, teacher=teacher, note="teacher / ours is the share of the teacher's images per second")
+
+
+def need(precision):
+    if precision == "bf16" and mixed_precision("auto") != "bf16": pytest.skip("bfloat16 is emulated on this machine")
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "compiled"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_inference(work, models, precision, compiled):
-    if precision == "bf16" and mixed_precision("auto") != "bf16": pytest.skip("bfloat16 is emulated on this machine")
-    images = torch.randn(BATCH, 3, 224, 224, device=DEVICE)
-    features = [torch.compile(m.features) if compiled else m.features for m in models]
-    def forward(f):
-        def run():
-            with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"): f(images)
-        return run
-    teacher, raptor = map(forward, features)
-    work(f"inference of {NAME}, batch {BATCH}, {precision}, {'compiled' if compiled else 'as it is'}", raptor, rounds=ROUNDS, teacher=teacher, note="teacher / ours is the share of the teacher's images per second")
+    need(precision)
+    timed(work, [torch.compile(m.features) if compiled else m.features for m in models], precision=precision, name="compiled" if compiled else "as it is")
+
+
+@pytest.mark.parametrize("count", [12, 8, 6, 4])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_fewer_steps(work, models, precision, count):
+    "k = 3 started from the teacher, rank 8, with weights that are merged once."
+    need(precision)
+    teacher, phases = models[0], Phases((7, 10, 12))
+    raptor = Raptor.from_teacher(teacher, phases, stops=None if count == 12 else even(12, count, phases.ends), conditioning=("vectors", "low_rank"), rank=8).to(DEVICE).eval()
+    timed(work, [teacher.features, RaptorBackbone(teacher, raptor).eval().features], precision=precision, name=f"k = 3, rank 8, M = {count}")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: `work` times ours and its rivals in turns, and the table of all works is printed at the end.
+"""What the benchmarks share: `work` times ours and its rivals in turns; a table on disk grows row by row, and all is printed at the end.
 
     pytest tests/benchmarks/bench_step.py --benchmark-enable [--table FILE.csv]
 """
@@ -59,17 +59,26 @@ def work(benchmark, request):
         if flops and limit: row |= {"limit, TFLOP/s": limit/1e12, "share of limit": row["TFLOP/s"]*1e12/limit}
         if note: row["note"] = note
         request.config.stash[ROWS].append(row)
+        write_table(request.config)
         return row
     return run
+
+
+def about():
+    from raptor.core import code_version, hardware, versions
+    return {"hardware": hardware(), "versions": versions(), "threads": torch.get_num_threads(), "code": code_version()}
+
+
+def write_table(config):
+    "The rows so far: a run that is cut short keeps what it has measured."
+    import pandas as pd
+    if config.getoption("--table"): pd.DataFrame(config.stash[ROWS]).assign(**about()).to_csv(Path(config.getoption("--table")), index=False)
 
 
 def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[ROWS]
     if not rows: return
-    import pandas as pd
-    from raptor.core import code_version, hardware, versions
-    table, about = pd.DataFrame(rows), {"hardware": hardware(), "versions": versions(), "threads": torch.get_num_threads(), "code": code_version()}
+    write_table(config) # a benchmark may have added to its row
     terminalreporter.section("medians of rounds that take turns")
     for row in rows: terminalreporter.line(f"{row['work']}: " + "; ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in row.items() if k != "work"))
-    terminalreporter.line("; ".join(f"{k} {v}" for k, v in about.items()))
-    if config.getoption("--table"): table.assign(**about).to_csv(Path(config.getoption("--table")), index=False)
+    terminalreporter.line("; ".join(f"{k} {v}" for k, v in about().items()))
