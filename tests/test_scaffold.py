@@ -195,7 +195,7 @@ def test_stored_outputs_are_clean(path):
             data = o.get("data", {})
             assert not any("widget" in kind for kind in data), "a stored progress bar"
             for picture in (data[k] for k in data if k in ("image/png", "image/jpeg")):
-                assert len(base64.b64decode(picture)) <= 40*1024, f"a picture of {len(base64.b64decode(picture))//1024} KB after: {cell.source[-80:]}"
+                assert len(base64.b64decode(picture)) <= 80*1024, f"a picture of {len(base64.b64decode(picture))//1024} KB after: {cell.source[-80:]}"
             text = "\n".join([o.get("text", ""), *(v for k, v in data.items() if isinstance(v, str) and not k.startswith("image/"))])
             assert not MACHINE_PATH.search(text), f"a machine's path: {MACHINE_PATH.search(text).group()}"
             assert "\r" not in text and "Warning:" not in text

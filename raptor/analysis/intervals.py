@@ -23,7 +23,7 @@ class Interval(NamedTuple):
     low:float = float("nan")
     high:float = float("nan")
 
-    def __str__(self): return f"{self.low:.3g} to {self.high:.3g}" if self.known else "too few for one"
+    def __str__(self): return f"{self.low:.3g} to {self.high:.3g}" if self.known else "no interval"
     @property
     def known(self): return bool(np.isfinite([self.low, self.high]).all())
 

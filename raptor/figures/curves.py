@@ -77,6 +77,8 @@ def plot_class_angles(frame:pd.DataFrame, # `class_angles`: layer, pair ("within
                       hue:str="pair", # column that tells the lines apart
                       **kwargs):
     "Angle between cls tokens of one class and of two classes."
+    names = {"within": "same class", "between": "different classes"}
+    if "pair" in frame: frame = frame.assign(pair=frame["pair"].replace(names))
     return plot_by_layer(frame, "angle between images (rad)", phases, hue, **kwargs)
 
 # %% ../../nbs/api/figures/01_curves.ipynb #633923ca

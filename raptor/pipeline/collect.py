@@ -51,14 +51,14 @@ def say_not_run(source:str|Path, # notebook of an item
     return True
 
 def _plain(output):
-    "An output without its counter and metadata, its figure in few colours."
-    if "metadata" in output: output.metadata.clear()
+    "An output without its counter and metadata but the size of a picture, its figure in few colours."
+    for key in set(output.get("metadata", ())) - {"image/png"}: del output.metadata[key]
     if output.output_type == "execute_result": output.execution_count = None
     if "image/png" in output.get("data", {}): output.data["image/png"] = few_colours(output.data["image/png"])
     return output
 
 def few_colours(png:str, # a figure, base64
-    colours:int=128, # at most
+    colours:int=64, # at most
 ) -> str: # the smaller of the two, base64
     "The same figure with a palette: lines and letters look the same in a third of the bytes."
     from PIL import Image
