@@ -33,7 +33,7 @@ KEYS = { # section -> {key: bad values}
                 "head": ["", "nowhere.pth"], "mean": [[0.5] * 3, [0.5], "imagenet"], "std": [[0, 1, 1], [0.2] * 3],
                 "timm": [{"weights": "w.pth"}, {"checkpoint_path": "w.pth"}, {"no_such_argument": 1}, [1], {1: 2}]},
     "data": {"name": ["", "digit_scene", 3, "folder:"], "split": ["trian", ""], "test_split": ["valid", 0], "size": [0, -1, [24], "24", NAN, 48], "limit": [0, -5, 1.5, "all", 16, 10**9],
-             "test_limit": [0, HUGE], "workers": [-1, 10**6, "four"], "on_error": ["ignore", None]},
+             "test_limit": [0, HUGE], "workers": [-1, 10**6, "four"], "on_error": ["ignore", None], "download": ["yes", 1, True]},
     "phases": {"ks": [[], [0], [2, 2], [7], [2.0], 2, None], "images": COUNT, "eps": [[NAN], [-0.1], [1.1], 0.2], "min_size": [0, 4, "one"], "ends": [{2: [6, 6]}, {2: [3, 7]}, {2: [10**12, 10**13]}, {}.keys]},
     "block": {"layer_scale": NUMBER, "hidden": [0, -1, HUGE, "4D"], "conditioning": ["yes", 1, None, ["scalin"], {}], "mlp": ["relu"], "start": ["maen", 0, "", None, 3, -1, True], "rank": [0, -1, 8, "full", HUGE, {}, {"qkv": 4}], "experts": [0, 65, 4], "router": ["hard", "hat"], "expert_attention": ["yes", True]},
     "activations": {"source": ["disk"], "dtype": ["float64"], "chunk_images": COUNT, "precision": ["half"]},

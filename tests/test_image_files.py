@@ -17,6 +17,9 @@ from raptor.data.load import load_dataset
 from raptor.data.base import DatasetSpec
 from raptor.data.cifar import SOURCES
 from raptor.data.files import FileDataset, ImageArrays, ImageFiles, read_image
+from raptor.pipeline.cli import main
+from raptor.study.presets import load_preset
+from raptor.study.study import Study
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +192,23 @@ def test_archives_are_downloaded_only_on_request(tmp_path, monkeypatch, server):
     assert len(load_dataset("cifar10", "test", root=tmp_path/"data", download=True)) == 10
     archive.unlink() # the second time nothing is fetched
     assert len(load_dataset("cifar10", "train", root=tmp_path/"data", download=True)) == 40
+
+
+@pytest.mark.parametrize("by", ["command", "preset"])
+def test_a_command_and_a_preset_fetch_an_archive(tmp_path, monkeypatch, server, capsys, by):
+    archive = write_archive(tmp_path/"server", "cifar10", monkeypatch)
+    monkeypatch.setattr(SOURCES["cifar10"], "url", f"{server}/{archive.name}")
+    monkeypatch.setenv("RAPTOR_DATA", str(tmp_path/"data"))
+    if by == "preset":
+        preset = load_preset("photos")
+        with pytest.raises(RaptorError, match="fetch it with `raptor data cifar10`"): Study.open(preset, tmp_path).dataset()
+        fetching = preset.model_copy(update={"data": preset.data.model_copy(update={"download": True})})
+        assert str(fetching) == str(preset), "where the data come from is no setting of a study"
+        assert len(Study.open(fetching, tmp_path).dataset()) == 40
+    else:
+        with pytest.raises(SystemExit, match="0"): main(["data", "cifar10"])
+        assert capsys.readouterr().out.splitlines() == [f"cifar10 {split}: {n} images, 32 x 32 pixels, classification" for split, n in (("train", 40), ("val", 0), ("test", 10))] + [f"folder: {tmp_path}/data/cifar10"]
+    assert (tmp_path/"data"/"cifar10"/archive.name).exists()
 
 
 def test_damaged_archives_are_an_error(tmp_path, monkeypatch):

@@ -40,7 +40,8 @@ def _read_archive(spec, folder, download):
     except RuntimeError: pass # not unpacked, or damaged
     if not (download or check_integrity(place/source.filename, source.tgz_md5)):
         raise RaptorError(f"{spec.kind}: there is no intact {source.filename} in {folder} or {folder.parent}, and no "
-            f"{folder}/train/<class>/; put {source.url} there, pass download=True, or set RAPTOR_DATA.")
+            f"{folder}/train/<class>/; fetch it with `raptor data {spec.kind}`, put {source.url} there, "
+            "or set RAPTOR_DATA.")
     try: return read(True)
     except (OSError, RuntimeError) as e:
         raise RaptorError(f"{source.url} cannot be fetched or unpacked in {place} ({e}); "

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'HomeOption', 'DISTRIBUTIONS', 'reproduce_command', 'run_command', 'page_command',
-           'collect_command', 'cache_command', 'import_command', 'export_command', 'presets_command', 'doctor_command',
-           'check_caches', 'doctor', 'main']
+           'collect_command', 'cache_command', 'import_command', 'export_command', 'data_command', 'presets_command',
+           'doctor_command', 'check_caches', 'doctor', 'main']
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #a31e00fb
 import json
@@ -212,6 +212,14 @@ def export_command(
           f"{' and '.join(map(str, BATCHES))} images")
 
 # %% ../../nbs/api/pipeline/06_cli.ipynb #056304dd
+@app.command("data")
+def data_command(
+    name:Annotated[str, typer.Argument(help="cifar10, cifar100, imagenet, ade20k, nyuv2, digits ... or folder:PATH.")],
+):
+    """Say what a dataset holds, and fetch the archive of CIFAR-10 or CIFAR-100 if it is missing."""
+    from raptor.data.load import describe_dataset
+    for line in describe_dataset(name, download=name.startswith("cifar")): print(line)
+
 @app.command("presets")
 def presets_command(
     name:Annotated[Optional[str], typer.Argument(help="A preset, to print with its comments.")]=None,

@@ -84,6 +84,12 @@ class DataSpec(Spec):
     test_limit:Count|None = None # number of test items; null for all
     workers:Few = 0 # processes that decode images
     on_error:Literal["raise", "skip"] = Field("raise", repr=False) # unreadable images: stop, or skip and count them
+    download:bool = Field(False, repr=False) # fetch the archive of CIFAR-10 or CIFAR-100 if it is missing
+
+    @model_validator(mode="after")
+    def _check(self):
+        if not self.download or self.name.startswith("cifar"): return self
+        raise ValueError(f"download: {self.name} cannot be downloaded; leave download out.")
 
     @property
     def root(self) -> Path|None: # None: `RAPTOR_DATA`

@@ -97,7 +97,7 @@ class Study:
         spec = spec or self.preset.data
         names, limits = {"train": spec.split, "test": spec.test_split}, {"train": spec.limit, "test": spec.test_limit}
         settings = {"augment": False, "size": _pair(spec.size), "limit": limits.get(split),
-                    "on_error": spec.on_error, **self.normalisation(model)} | kwargs
+                    "on_error": spec.on_error, "download": spec.download, **self.normalisation(model)} | kwargs
         return load_dataset(spec.name, names.get(split, split), task, spec.root, **settings)
 
     def teacher(self, spec:TeacherSpec|None=None, # another backbone; None: the preset's
