@@ -15,26 +15,9 @@ from raptor.analysis.dynamics import (
 from raptor.analysis.interventions import perturbation_decay
 from raptor.core import RaptorError
 
+from stand_ins import System, noise, rotation
+
 KINDS = token_kinds(3, True, 10)
-
-
-def noise(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def rotation(dim, theta, dtype=torch.float64):
-    "Turns every plane (0, 1), (2, 3), ... by theta: every vector turns by exactly theta."
-    block = torch.tensor([[math.cos(theta), -math.sin(theta)], [math.sin(theta), math.cos(theta)]], dtype=dtype)
-    return torch.block_diag(*[block]*(dim//2))
-
-
-class System:
-    "x -> A x at every layer, and a record of the calls."
-    def __init__(self, A, depth): self.A, self.depth = A, depth
-    def advance(self, state, start, end):
-        for _ in range(start, end): state = state @ self.A.to(state.dtype).T
-        return state
-    def trajectory(self, state): return torch.stack([self.advance(state, 0, l) for l in range(self.depth+1)], 1)
 
 
 # angles

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-import raptor.pipeline.cli as cli
 from raptor.analysis.layers import compare_layers, gram_products, linear_cka, recursive_levels, segmentations
 from raptor.core import RaptorError, seed_everything
 from raptor.phases import FragmentedPhases, cut_weight, layer_distance, max_cut, read_phases, recursive_max_cut
+
+from stand_ins import run
 
 NANO = "vit_nano_patch4_reg4_24"
 
@@ -170,14 +171,6 @@ def test_the_slider_redraws_the_frames(two, tmp_path):
         frames, ends = expected(*view)
         assert line.startswith(f"{frames}|k = {view[0]}: phases end at {ends};"), view
     assert link.replace("&amp;", "&") == "#k=5&tokens=registers&metric=cka"
-
-def run(capsys, *argv):
-    "The command in this process: exit status, standard output and the lines on standard error."
-    status = 0
-    try: cli.main(list(map(str, argv)))
-    except SystemExit as e: status = e.code
-    said = capsys.readouterr()
-    return status or 0, said.out, said.err.splitlines()
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
