@@ -321,6 +321,8 @@ def test_nothing_is_done_twice_but_more_replicas_are_trained_beside_those_that_a
     assert {p: t for p, t in made().items() if p in before} == before, "the first replica was trained again"
     seeds = [pd.read_csv(folder/"raptors"/name/"result.csv")["seed"].iloc[0] for name in ("k2-r0", "k2-r1")]
     assert seeds[0] != seeds[1] and not left_by_killed_writers(folder)
+    drawn = raptor("run", "fig_accuracy_r2", "--preset", preset, home=folder.parent)
+    assert drawn.returncode == 0 and set(pd.read_csv(folder/"results"/"fig_accuracy_r2.csv").replica) == {0}, "the second replica is not probed yet"
 
 
 def test_dry_run_changes_nothing(tmp_path):
