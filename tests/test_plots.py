@@ -228,7 +228,7 @@ def test_curves_of_replicas_and_models():
 
 def test_class_angles_and_ranks_name_their_lines():
     pairs = by_layer(within=1, between=2).rename(columns={"token_kind": "pair"})
-    assert legend(curves.plot_class_angles(pairs)) == ["within", "between"]
+    assert legend(curves.plot_class_angles(pairs)) == ["same class", "different classes"]
     rank = pd.concat([by_layer(cls=1, patch=2).assign(quantity=q) for q in ("stable_rank", "effective_rank")])
     names = ["stable rank, cls", "stable rank, patch", "effective rank, cls", "effective rank, patch"]
     assert legend(curves.plot_rank(rank)) == names

@@ -187,7 +187,7 @@ def work(folder, pause): return subprocess.Popen([sys.executable, "-c", WORKER, 
 def test_a_killed_run_has_a_whole_history_and_ends_with_that_of_an_unkilled_one(tmp_path, how):
     assert work(tmp_path/"one", 0).wait(PATIENCE) == 0
     path, seen = tmp_path/"two"/"history.csv", []
-    cut = work(tmp_path/"two", 0.02)
+    cut = work(tmp_path/"two", 0.1)
     def grown():
         if path.exists() and (size := len(pd.read_csv(path))) not in seen: seen.append(size)
         return len(seen) > 2 and (tmp_path/"two"/"checkpoint.safetensors").exists() or cut.poll() is not None
