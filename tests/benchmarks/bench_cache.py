@@ -114,7 +114,7 @@ def test_read(benchmark, request, stores, where):
     assert faster >= 3, f"{row['work']}: {faster:.1f} times the old layout where 3 are asked for"
 
 
-@pytest.mark.parametrize("where, epochs", [("memory", 1), ("memory", 10), ("memory", 20), ("disk", 1)])
+@pytest.mark.parametrize("where, epochs", [("memory", 1), ("memory", 10), ("memory", 16), ("memory", 20), ("disk", 1)])
 def test_checksums(benchmark, request, stores, where, epochs):
     """What it costs to compare every file with its checksum once, in a process that reads so many shuffled epochs.
 
