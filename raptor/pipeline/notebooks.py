@@ -53,7 +53,7 @@ def papermill_engine() -> str: # the name under which papermill knows it
         "Cells run in this process, in a namespace of their own, one after another until the first error."
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **_):
-            shell = CaptureShell(mpl_format="png")
+            shell = CaptureShell(mpl_format="retina")
             for i, cell in enumerate(nb_man.nb.cells):
                 nb_man.cell_start(cell, i)
                 if cell.cell_type == "code": cell.outputs = [from_dict(o) for o in shell.run(cell.source)]
