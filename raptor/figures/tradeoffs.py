@@ -17,8 +17,9 @@ def plot_pareto(frame:pd.DataFrame, # one row for each model: kind, steps, value
     costs:dict, # column -> label of its axis; one panel each
     ylabel:str, # what `value` is, with its unit
     reference:float|None=None, # value of the teacher, drawn as a horizontal line
+    floor:float|None=None, # values below are drawn here, with their number beside them; None: all where they are
     axes=None): # one for each cost; None: a new figure
-    "A score against each cost; the number beside a point is its number of steps."
+    "A score against each cost; the number beside a point is its number of steps, where that is not the largest."
     style.check_columns(frame, "kind", "steps", "value", *costs, figure="plot_pareto")
     axes = np.ravel(style.new_axes(axes, ncols=len(costs), figsize=(.6 + 3.4*len(costs), 3.6), sharey=True))
     kinds = list(frame["kind"].unique())
@@ -26,10 +27,13 @@ def plot_pareto(frame:pd.DataFrame, # one row for each model: kind, steps, value
         for i, kind in enumerate(kinds):
             some = frame[(frame["kind"] == kind) & frame["value"].notna()].sort_values(["steps", "value"])
             best, look = some.drop_duplicates("steps", keep="last"), style.group_style(kind, i, kinds)
-            ax.plot(best[column], best["value"], label=kind, **look)
-            ax.plot(some[column], some["value"], **{**look, "linestyle": ""})
+            ax.plot(best[column], best["value"].clip(lower=floor), label=kind, **look)
+            ax.plot(some[column], some["value"].clip(lower=floor), **{**look, "linestyle": ""})
             for x, y, steps in zip(some[column], some["value"], some["steps"]):
-                ax.annotate(f"{steps}", (x, y), (3, 3), textcoords="offset points", fontsize=7, color="0.3")
+                low = floor is not None and y < floor
+                note = f"{steps}"*(steps < frame["steps"].max()) + f": {y:.0f}"*low
+                ax.annotate(note.lstrip(": "), (x, max(y, floor) if low else y), (3, 3), textcoords="offset points",
+                            fontsize=7, color="0.3")
         if reference is not None: ax.axhline(reference, color="0.3", ls=":", lw=1)
         ax.set(xlabel=label)
     axes[0].set(ylabel=ylabel)
