@@ -31,9 +31,9 @@ def plot_pareto(frame:pd.DataFrame, # one row for each model: kind, steps, value
             ax.plot(some[column], some["value"].clip(lower=floor), **{**look, "linestyle": ""})
             for x, y, steps in zip(some[column], some["value"], some["steps"]):
                 low = floor is not None and y < floor
-                note = f"{steps}"*(steps < frame["steps"].max()) + f": {y:.0f}"*low
-                ax.annotate(note.lstrip(": "), (x, max(y, floor) if low else y), (3, 3), textcoords="offset points",
-                            fontsize=7, color="0.3")
+                notes = [f"{steps}"] if steps < frame["steps"].max() else []
+                ax.annotate(": ".join(notes + [f"{y:.0f}"]*int(low)), (x, floor if low else y),
+                            (3, 3 + 8*low*(i % 3)), textcoords="offset points", fontsize=7, color="0.3")
         if reference is not None: ax.axhline(reference, color="0.3", ls=":", lw=1)
         ax.set(xlabel=label)
     axes[0].set(ylabel=ylabel)
