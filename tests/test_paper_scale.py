@@ -193,7 +193,7 @@ def test_a_missing_part_is_named_before_any_work(data, tmp_path, gone, words):
 
 def test_a_missing_weight_file_is_named_before_any_work(at):
     preset = load_preset(changed(at, teacher__random=False, teacher__weights="nowhere/model.safetensors"))
-    with pytest.raises(RaptorError, match="teacher: there is no file .*/nowhere/model.safetensors"): check_study(Study.open(preset))
+    with pytest.raises(RaptorError, match=f"teacher: there is no file {at}/nowhere/model.safetensors;"): check_study(Study.open(preset))
     preset = load_preset(changed(at, teacher__head="https://localhost:1/head.pth"))
     with pytest.raises(RaptorError, match="could not be downloaded .* put it at .*weights/head.pth"): check_study(Study.open(preset))
 
