@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from raptor.core import RaptorError
-from raptor.figures import curves, plots
+from raptor.figures import curves, plots, tradeoffs
 from raptor.figures.style import boundaries, draw_lines, group_style, mean_and_spread, new_axes, save_figure, use_style
 from raptor.phases import FragmentedPhases, Phases, published_distance
 
@@ -265,6 +265,14 @@ def test_basins_end_where_the_images_end():
     ax = curves.plot_basins(frame, share=[.7, .2], class_names=["even", "odd"])
     assert texts(ax) == ["even", "odd"] and [t.get_position() for t in ax.texts] == [(2, -2), (4, -2)]
     assert ax.lines[1].get_xdata().tolist() == [0, 2, 4] and ax.get_xlabel() == "principal axis 1 (70 % of variance)"
+
+def test_no_line_runs_along_the_floor_of_the_tradeoffs():
+    "Points below it stand at the edge with their number; the curve ends above."
+    frame = pd.DataFrame([dict(kind="layers dropped", steps=s, value=v, flops=s) for s, v in ((3, 10.), (4, 20.), (6, 70.), (12, 88.))])
+    ax, = tradeoffs.plot_pareto(frame, {"flops": "GFLOPs"}, "top-1 (%)", floor=60)
+    curve, points = (np.asarray(line.get_ydata()) for line in ax.lines)
+    assert np.isnan(curve[:2]).all() and list(curve[2:]) == [70, 88] and list(points) == [60, 60, 70, 88]
+    assert texts(ax) == ["3: 10", "4: 20", "6", ""]
 
 # ---- all figures
 

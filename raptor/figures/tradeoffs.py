@@ -27,7 +27,8 @@ def plot_pareto(frame:pd.DataFrame, # one row for each model: kind, steps, value
         for i, kind in enumerate(kinds):
             some = frame[(frame["kind"] == kind) & frame["value"].notna()].sort_values(["steps", "value"])
             best, look = some.drop_duplicates("steps", keep="last"), style.group_style(kind, i, kinds)
-            ax.plot(best[column], best["value"].clip(lower=floor), label=kind, **look)
+            joined = best["value"] if floor is None else best["value"].where(best["value"] >= floor)
+            ax.plot(best[column], joined, label=kind, **look)
             ax.plot(some[column], some["value"].clip(lower=floor), **{**look, "linestyle": ""})
             for x, y, steps in zip(some[column], some["value"], some["steps"]):
                 low = floor is not None and y < floor

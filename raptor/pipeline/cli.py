@@ -217,8 +217,8 @@ def data_command(
     name:Annotated[str, typer.Argument(help="cifar10, cifar100, imagenet, ade20k, nyuv2, digits ... or folder:PATH.")],
 ):
     """Say what a dataset holds, and fetch the archive of CIFAR-10 or CIFAR-100 if it is missing."""
-    from raptor.data.load import describe_dataset
-    for line in describe_dataset(name, download=name.startswith("cifar")): print(line)
+    from raptor.data.load import can_be_fetched, describe_dataset
+    for line in describe_dataset(name, download=can_be_fetched(name)): print(line)
 
 @app.command("presets")
 def presets_command(

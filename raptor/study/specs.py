@@ -33,7 +33,7 @@ from raptor.study.settings import (
 )
 
 from ..core import RaptorError
-from ..data.load import data_folder
+from ..data.load import can_be_fetched, data_folder
 from ..phases import Phases
 from .weights import start_of
 
@@ -88,7 +88,7 @@ class DataSpec(Spec):
 
     @model_validator(mode="after")
     def _check(self):
-        if not self.download or self.name.startswith("cifar"): return self
+        if not self.download or can_be_fetched(self.name): return self
         raise ValueError(f"download: {self.name} cannot be downloaded; leave download out.")
 
     @property
