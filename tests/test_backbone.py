@@ -3,6 +3,7 @@ import argparse
 import collections
 import json
 import os
+import pickle
 import struct
 import sys
 import zipfile
@@ -190,7 +191,7 @@ class Blocks(nn.Module): # as in the code of a paper
     (torchvision.models.resnet18, "convolutional"), (hugging_face, "of transformers, only ViTModel, .* can be converted"),
     (Blocks, "its class comes from test_backbone and not from timm"), (lambda: nn.Linear(2, 2), "no attention")])
 def test_models_of_other_libraries_are_called_what_they_are(model, said):
-    with pytest.raises(RaptorError, match=f"{said}.*create a plain vision transformer of timm"):
+    with pytest.raises(RaptorError, match=f"{said}.*choose a plain vision transformer of timm"):
         Backbone(model(), "theirs")
 
 
@@ -574,6 +575,12 @@ def test_a_pickled_command_is_refused_and_does_not_run(tmp_path, reader, zipped)
     with pytest.raises(RaptorError, match="evil.pth cannot be read: it asks for code to be run") as e:
         reader(tmp_path/"evil.pth")
     assert not (tmp_path/"ran").exists() and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01", pickle.dumps({"w": 1}, 4), bytes(range(255, 0, -1))], ids=["a photograph", "another pickle", "noise"])
+def test_what_is_no_checkpoint_is_not_accused_of_running_code(tmp_path, content):
+    (tmp_path/"w.pth").write_bytes(content)
+    with pytest.raises(RaptorError, match="w.pth cannot be read: it is no checkpoint that torch.save wrote, or a damaged one"): read_weights(tmp_path/"w.pth")
 
 
 def lying(header):

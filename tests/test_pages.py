@@ -34,6 +34,7 @@ def environment(folder):
 
 # ---- a page can be copied
 
+@pytest.mark.slow # nbdev_test runs all cells of these pages, and the names that they use are compared below
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("path", [p for p in LESSONS if any(not is_hidden(d) for _, d in code(p))], ids=name_of)
 def test_the_visible_cells_run_alone(path, tmp_path):

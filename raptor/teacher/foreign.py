@@ -137,7 +137,7 @@ def _choose(tower, state, size, name):
         except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as e: # of timm
             why = why or f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
     raise _refusal(tower, f"{'no model of timm' if len(names) > 1 else name} computes the same ({why})",
-                   "create a plain vision transformer of timm")
+                   "choose a plain vision transformer of timm")
 
 # %% ../../nbs/api/teacher/06_foreign.ipynb #35b9dc4b
 def _merge(state, at, own):

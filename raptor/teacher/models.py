@@ -84,7 +84,7 @@ def check_plain(model:nn.Module, # any module
         why = "its patch embedding is a deep convolutional network, so state 0 is not an embedding"
     else: return
     raise RaptorError(f"{name} ({kind}) cannot be a backbone: {why}; "
-                      "create a plain vision transformer of timm, such as vit_small_patch14_reg4_dinov2.")
+                      "choose a plain vision transformer of timm, such as vit_small_patch14_reg4_dinov2.")
 
 def check_architecture(name:str, # what a user gave as timm's name
 ):

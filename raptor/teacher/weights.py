@@ -135,6 +135,7 @@ def error_clause(error:Exception, # raised while a file was read
 ) -> str: # one clause without a final full stop
     "Why a file could not be read: torch's own text fills a screen and suggests switching the safety off."
     text = " ".join(str(error).split())
+    if "Unsupported operand" in text: return "it is no checkpoint that torch.save wrote, or a damaged one"
     if "weights_only" in text.lower() or "Unsupported" in text: return "it asks for code to be run, which is never done"
     damaged = "central directory" in text or "PytorchStreamReader" in text
     if damaged or isinstance(error, SafetensorError): return "the archive is truncated or damaged"

@@ -8,6 +8,7 @@ from raptor.teacher.backbone import Backbone
 from raptor.model.layer import flop_matched_hidden
 from raptor.core import mixed_precision, seed_everything
 from raptor.model.as_backbone import RaptorBackbone
+from raptor.model.deploy import materialize
 from raptor.model.raptor import Raptor
 from raptor.model.recurrence import even
 from raptor.phases import Phases
@@ -55,3 +56,21 @@ def test_fewer_steps(work, models, precision, count):
     teacher, phases = models[0], Phases((7, 10, 12))
     raptor = Raptor.from_teacher(teacher, phases, stops=None if count == 12 else even(12, count, phases.ends), conditioning=("vectors", "low_rank"), rank=8).to(DEVICE).eval()
     timed(work, [teacher.features, RaptorBackbone(teacher, raptor).eval().features], precision=precision, name=f"k = 3, rank 8, M = {count}")
+
+
+@pytest.mark.parametrize("name, size, batch, rounds", [("vit_mini_patch4_reg4_24", 24, 64, 200), (NAME, 224, BATCH, 3*ROUNDS)], ids=["embedded", "paper"])
+def test_merged_weights(work, name, size, batch, rounds):
+    """Twelve steps with low-rank updates that are merged and kept, against one plain block in each phase, and against the same twelve
+    steps as a timm model. Neither of the last two merges anything; the plain block finds its weights in the CPU's cache, as twelve layers do not."""
+    seed_everything(0)
+    teacher, images = Backbone.create(name, pretrained=False, img_size=size).to(DEVICE), torch.randn(batch, 3, size, size, device=DEVICE)
+    def student(**how): return Raptor.from_teacher(teacher, Phases((7, 10, 12)), **how).to(DEVICE).eval()
+    merged = student(conditioning=("vectors", "low_rank"), rank=8)
+    ordinary = materialize(teacher, merged).to(DEVICE).eval()
+    def forward(call):
+        def run():
+            with torch.inference_mode(): call(images)
+        return run
+    plain = RaptorBackbone(teacher, student(conditioning=())).eval().features
+    work(f"merged weights, {name}, batch {batch}", forward(RaptorBackbone(teacher, merged).eval().features), rounds=rounds,
+         plain=forward(plain), timm=forward(ordinary.forward_features), note="share of the plain block's images per second, and of the same steps' in timm")

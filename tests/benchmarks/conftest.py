@@ -42,7 +42,7 @@ def matmul_rate():
 
 @pytest.fixture
 def work(benchmark, request):
-    "work(name, ours, rounds=, flops=, limit=, goal=, **others): time ours and the others in turns; a row of the table."
+    "work(name, ours, rounds=, flops=, limit=, **others): time ours and the others in turns; a row of the table, each ratio the median over rounds."
     def run(name, ours, *, rounds=5, flops=None, limit=None, note="", **others):
         times = {k: [] for k in others}
         for call in (ours, *others.values()): call(); call() # what is loaded or compiled once is not timed
@@ -54,7 +54,9 @@ def work(benchmark, request):
             if ON_GPU: torch.cuda.synchronize()
         benchmark.pedantic(synchronised, setup=others_first, rounds=rounds)
         row = {"work": name, "ours, ms": 1e3*statistics.median(benchmark.stats.stats.data), **{f"{k}, ms": 1e3*statistics.median(v) for k, v in times.items()}}
-        row |= {f"{k} / ours": row[f"{k}, ms"]/row["ours, ms"] for k in others}
+        for k in others:
+            low, middle, high = statistics.quantiles([theirs/own for theirs, own in zip(times[k], benchmark.stats.stats.data)], n=4)
+            row |= {f"{k} / ours": middle, f"{k} / ours, quartiles": f"{low:.3f} to {high:.3f}"}
         if flops: row |= {"TFLOP/s": flops/row["ours, ms"]/1e9}
         if flops and limit: row |= {"limit, TFLOP/s": limit/1e12, "share of limit": row["TFLOP/s"]*1e12/limit}
         if note: row["note"] = note
