@@ -104,6 +104,7 @@ EDITS = [
     (lambda p: changed(p, seeds={**p.seeds, "teacher": 5}), None),
     # what changes no number
     (lambda p: changed(p, data=changed(p.data, workers=3)), set()),
+    (lambda p: changed(p, data=changed(p.data, download=True)), set()),
     (lambda p: changed(p, stage1={**p.stage1, "log_every": 1, "checkpoint_every": 1}), set()),
     (lambda p: probe(p, eval_batch_size=3), set()),
     (lambda p: changed(p, resources={}, replicas=1), set())]

@@ -166,7 +166,7 @@ SECTIONS = {"train_teacher": (), "cache_activations": ("activations",), "find_ph
             "train_control": ("activations", "phases", "block", "stage1", "stage2", "last_block", "controls"),
             "summary": ("title",)} # beside data and teacher, which all read
 ITEM_SECTIONS = ("activations", "phases", "probes", "extra_models", "controls", "variants")
-NO_MATTER = ("workers", "log_with", "log_every", "checkpoint_every", "eval_batch_size") # they change no number
+NO_MATTER = ("workers", "download", "log_with", "log_every", "checkpoint_every", "eval_batch_size") # change no number
 
 def _bare(value):
     value = value.model_dump() if hasattr(value, "model_dump") else value
