@@ -71,8 +71,8 @@ def images_for(backbone): return torch.randn(2, 3, *backbone.img_size, generator
 
 @pytest.mark.parametrize("start", ["mean", "middle", 2])
 def test_at_full_rank_the_raptor_is_the_teacher(teacher, start):
-    raptor = Raptor.from_teacher(teacher, Phases((2, 4)), start=start, rank=10**4) if start != 2 else Raptor(
-        [RecurrentBlock.from_layers(teacher, (0, 4), start=2, rank=10**4)], Phases((4,)))
+    raptor = Raptor.from_teacher(teacher, Phases((2, 4)), start=start, rank=teacher.dim) if start != 2 else Raptor(
+        [RecurrentBlock.from_layers(teacher, (0, 4), start=2, rank=teacher.dim)], Phases((4,)))
     with torch.no_grad():
         true = teacher.trajectory(images_for(teacher))
         torch.testing.assert_close(raptor.rollout(true[:, 0]), true, atol=2e-5, rtol=1e-4)
@@ -231,7 +231,7 @@ def test_a_conditioned_block_is_saved_with_all_its_settings(tmp_path):
     (dict(experts=0), "experts is '0'"), (dict(experts=10**6), "must be an integer in 1..64"), (dict(rank=0), "rank is '0'"),
     (dict(rank={"qkv.weight": 10**9}), "must be an integer"), (dict(router="hard"), "unknown router"), (dict(eps="x"), "eps is 'x'"),
     (dict(qk_norm=1), "true or false"), (dict(expert_attention="yes"), "true or false"), (dict(steps=7), "steps"),
-    (dict(conditioning=None), "conditioning")])
+    (dict(conditioning=None), "conditioning"), (dict(conditioning=["scaling", "scaling"]), "names scaling twice")])
 def test_a_false_setting_is_refused_in_one_sentence(changes, said):
     values = json.loads(json.dumps(asdict(BlockConfig(8, 2)))) | changes
     with pytest.raises(RaptorError, match=said): block_config(values, "config.json")
@@ -240,7 +240,7 @@ def test_a_false_setting_is_refused_in_one_sentence(changes, said):
 @pytest.mark.parametrize("conditioning", [("vectors", "low_rank"), ("experts", "vectors", "low_rank")])
 def test_vectors_and_low_rank_correct_what_the_experts_leave(conditioning):
     teacher = Backbone.create("vit_nano_patch4_reg4_24", pretrained=False)
-    raptor = Raptor.from_teacher(teacher, Phases((2, 6)), conditioning=conditioning, rank=10**4, experts=2, router="hat")
+    raptor = Raptor.from_teacher(teacher, Phases((2, 6)), conditioning=conditioning, rank=teacher.dim, experts=2, router="hat")
     with torch.no_grad():
         true = teacher.trajectory(images_for(teacher))
         torch.testing.assert_close(raptor.rollout(true[:, 0]), true, atol=2e-5, rtol=1e-4)
@@ -250,9 +250,19 @@ def test_a_rank_of_an_unknown_matrix_is_refused():
     with pytest.raises(RaptorError, match="did you mean 'qkv.weight'"): LowRank({"qkv.weight": (24, 8)}, UNIT, {"qkv.weigth": 2})
 
 
-def test_a_rank_above_the_matrix_is_refused():
-    with pytest.raises(RaptorError, match=r"rank 9 of qkv.weight does not lie in 1..8"):
-        LowRank({"qkv.weight": (24, 8)}, UNIT, {"qkv.weight": 9})
+@pytest.mark.parametrize("rank, said", [({"qkv.weight": 9}, "rank 9 of qkv.weight does not lie in 1..8"), (9, "rank 9 is above that of every matrix; choose it in 1..8")])
+def test_a_rank_above_the_matrix_is_refused(rank, said):
+    with pytest.raises(RaptorError, match=said): LowRank({"qkv.weight": (24, 8), "proj.weight": (8, 8)}, UNIT, rank)
+
+
+@pytest.mark.parametrize("conditioning", [("vectors",), ("low_rank",), ("vectors", "experts")])
+def test_stops_that_a_block_has_nothing_for_are_refused_before_it_runs(conditioning):
+    raptor = Raptor.create(Phases((2, 4)), 8, 2, conditioning=conditioning, rank=2)
+    with pytest.raises(RaptorError, match=r"has nothing for \(0, 2\)"): raptor.at((2, 4))
+
+
+def test_experts_alone_run_at_any_stops():
+    assert Raptor.create(Phases((2, 4)), 8, 2, conditioning=("experts",)).at((2, 4)).rollout(torch.zeros(1, 3, 8)).shape[1] == 3
 
 
 @pytest.mark.parametrize("stops, said", [

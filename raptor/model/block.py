@@ -66,13 +66,14 @@ class BlockConfig:
         for name in ("conditioning", "steps"): # lists in JSON
             if not isinstance(getattr(self, name), (list, tuple)):
                 raise RaptorError(f"{name} is {str(getattr(self, name))[:40]!r}, and must be a list.")
-            values = tuple(tuple(v) if isinstance(v, list) else v for v in getattr(self, name))
-            object.__setattr__(self, name, values)
+            object.__setattr__(self, name, tuple(tuple(v) if isinstance(v, list) else v for v in getattr(self, name)))
         for name, most in (("dim", MAX_WIDTH), ("num_heads", MAX_WIDTH), ("hidden", 8*MAX_WIDTH), ("experts", 64)):
             check_count(getattr(self, name), name, most)
         check_name(self.mlp, ACTIVATIONS, "mlp")
         check_name(self.router, ("soft", "hat"), "router")
-        for name in self.conditioning: check_name(name, ("scaling", *CHANGES), "conditioning")
+        for name in self.conditioning:
+            check_name(name, ("scaling", *CHANGES), "conditioning")
+            if self.conditioning.count(name) > 1: raise RaptorError(f"conditioning names {name} twice; name it once.")
         for value in self.rank.values() if isinstance(self.rank, dict) else (self.rank,): check_count(value, "rank")
         _check_steps(self.steps)
         if self.changes and not self.steps:
@@ -255,8 +256,7 @@ def block_flops(config:BlockConfig, # of the block
     tokens:int, # N
 ) -> int: # of one step on one image
     "Floating-point operations of one step: matrix products and depth scaling; weights are merged once for all images."
-    matrices = 3 if config.mlp == "swiglu" else 2
-    weights = 4*config.dim**2 + matrices*config.dim*config.hidden
+    weights = 4*config.dim**2 + (3 if config.mlp == "swiglu" else 2)*config.dim*config.hidden
     scaling = (SCALING_WIDTH + 3*SCALING_WIDTH*config.dim)*("scaling" in config.conditioning)
     return 2*tokens*weights + 4*tokens**2*config.dim + 2*scaling
 

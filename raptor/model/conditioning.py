@@ -54,6 +54,10 @@ class Steps(nn.Module):
         raise RaptorError(f"this block was made for the steps {known} and has nothing for {tuple(step)}; "
                           "make it with `steps` that hold it.")
 
+    def check(self, step:Step) -> None:
+        "`RaptorError` for a step that the block cannot take."
+        self.row(step)
+
     def position(self, step:Step) -> tuple[float, float]: # in 0..1 each
         "Where a step ends, and how long it is, relative to the block's span."
         length = self.last - self.first
@@ -91,15 +95,18 @@ class LowRank(Steps):
         rank:int|dict, # r of every matrix, or of each by name; a matrix without a rank is shared by all steps
     ):
         super().__init__(steps)
-        ranks = {name: rank[name] if isinstance(rank, dict) else min(rank, *shape)
-                 for name, shape in shapes.items() if len(shape) == 2 and (not isinstance(rank, dict) or name in rank)}
+        sides = {name: min(shape) for name, shape in shapes.items() if len(shape) == 2}
+        if not isinstance(rank, dict) and rank > max(sides.values()):
+            raise RaptorError(f"rank {rank} is above that of every matrix; choose it in 1..{max(sides.values())}.")
+        ranks = {name: rank[name] if isinstance(rank, dict) else min(rank, side)
+                 for name, side in sides.items() if not isinstance(rank, dict) or name in rank}
         if isinstance(rank, dict):
-            for name in rank: check_name(name, [n for n, shape in shapes.items() if len(shape) == 2], "matrix")
+            for name in rank: check_name(name, sides, "matrix")
         self.names = list(ranks)
         for name, r in ranks.items():
             rows, columns = shapes[name]
-            if not 1 <= r <= min(rows, columns):
-                raise RaptorError(f"rank {r} of {name} does not lie in 1..{min(rows, columns)}; choose it there.")
+            if not 1 <= r <= sides[name]:
+                raise RaptorError(f"rank {r} of {name} does not lie in 1..{sides[name]}; choose it there.")
             down = torch.randn(len(steps), r, columns) * columns**-0.5
             self.register_parameter(f"{flat(name)}_up", nn.Parameter(torch.zeros(len(steps), rows, r)))
             self.register_parameter(f"{flat(name)}_down", nn.Parameter(down))
@@ -151,6 +158,8 @@ class Experts(Steps):
             bank = torch.empty(experts - 1, *shapes[name]).uniform_(-bound, bound)
             self.register_parameter(flat(name), nn.Parameter(bank))
         self.router = Router(experts, router)
+
+    def check(self, step:Step) -> None: "The router has gates for every step."
 
     def logits(self) -> Tensor: # (T, E)
         "The router's logits for all steps."

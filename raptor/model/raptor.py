@@ -53,12 +53,14 @@ class Raptor(Recurrence, HubMixin):
         self.check_blocks()
 
     def check_blocks(self):
-        "Raise `RaptorError` if blocks share a weight, or learned other trajectories or layers than they are put to."
+        "Raise `RaptorError` if blocks share a weight, cannot take a step, or learned other trajectories or layers."
         owners = {}
         for j, block in enumerate(self.blocks, 1):
             for name, p in block.named_parameters():
                 if (i := owners.setdefault(p.untyped_storage().data_ptr() or id(p), j)) != j:
                     raise RaptorError(f"blocks {i} and {j} share the weight {name}; give each its own.")
+        for step in self.path(0):
+            for change in self.blocks[self.assignment[step.end - 1]].changes.values(): change.check(step)
         if len(sources := {block.trained_on for block in self.blocks} - {None}) > 1:
             raise RaptorError(f"the blocks learned different trajectories ({', '.join(sorted(sources))}); train them "
                               "on those of one teacher, or set their trained_on to None to insist.")

@@ -61,7 +61,9 @@ def check_models(preset:Preset, # of the study
             if str(size) not in built: built[str(size)] = _shape(spec, size, where)
             found[name, task] = built[str(size)]
         _check_published(spec, where)
-    if shape := found["teacher", "data"]: _check_depth(preset, shape[0])
+    if shape := found["teacher", "data"]:
+        _check_depth(preset, shape[0])
+        _check_ranks(preset, shape[1])
     return found
 
 def _where(preset, name:str) -> str:
@@ -105,6 +107,15 @@ def _check_depth(preset, depth:int):
     for name, variant in preset.all_variants.items():
         _check_stops(f"preset {preset.name}: variants: {name}: {preset.teacher.name} has {depth} layers, and",
                      variant, variant.ends or (spec.ends or {}).get(variant.k, ()), depth)
+
+def _check_ranks(preset, width:int):
+    "Compare the ranks of updates with the width, which is the smaller side of a block's matrices."
+    blocks = {"block": preset.block} | {f"variants: {name}: block": v.block for name, v in preset.all_variants.items()}
+    for where, block in blocks.items():
+        ranks = block.rank.values() if isinstance(block.rank, dict) else [block.rank or 0] if block else []
+        if max(ranks, default=0) > width:
+            raise RaptorError(f"preset {preset.name}: {where}: rank is {max(ranks)}, and the matrices of a block of "
+                              f"{preset.teacher.name} have at most {width}; choose it in 1..{width}.")
 
 def _check_stops(where:str, variant, ends, depth:int):
     "Compare the numbers of a variant with the layers of the teacher, and with the ends of its phases if known."
