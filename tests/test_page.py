@@ -64,7 +64,8 @@ def test_a_figure_has_its_description_and_a_caption_that_says_what_came_out(stud
     assert len(drawn) == 1 and drawn[0][1]["figure"] == "fig_speed.png" and drawn[0][1]["alt"].startswith("Two panels, teacher and Raptor")
     text = "\n".join(d.get("text/markdown", "") for d, _ in outputs)
     assert "What to see" in text and "Of 3 statements: 1 shown, 2 the opposite." in text
-    assert "statements:" not in "\n".join(d.get("text/markdown", "") for d, _ in shown(study, "fig_similarity"))
+    plain = "\n".join(d.get("text/markdown", "") for d, _ in shown(study, "fig_similarity"))
+    assert "statements:" not in plain and re.search(r"(?m)^\*Similarity .+\.\*$", plain), "no blank before the star, which would not end the italics"
 
 
 class Reader(HTMLParser):

@@ -75,7 +75,7 @@ def _show_outputs(cell, name, study):
         data = {k: v for k, v in output.data.items() if k in ("text/html", "image/png")}
         drawn = {"figure": f"{name}.png", "alt": said.get("alt", "")} if "image/png" in data else {}
         if data: display(data, metadata=drawn, raw=True)
-        if drawn and "cap" in said: display(Markdown(f"*{said['cap']} {_came_out(study, name)}*"))
+        if drawn and "cap" in said: display(Markdown("*" + f"{said['cap']} {_came_out(study, name)}".strip() + "*"))
 
 def _came_out(study, name): # "" for an item without statements
     "One sentence: how the statements behind a figure came out."
