@@ -438,7 +438,8 @@ def test_workflows_run_what_developers_run():
     job = yaml.safe_load((ROOT/".github"/"workflows"/"test.yaml").read_text())["jobs"]["test"]
     versions = {c.rpartition(" ")[2] for c in pyproject()["project"]["classifiers"] if re.search(r":: 3\.\d+$", c)}
     assert set(job["strategy"]["matrix"]["python-version"]) == versions
-    assert any(s.get("run") == "bash .ci/run" for s in job["steps"])
+    when = {s["run"]: s.get("if") for s in job["steps"] if "run" in s}
+    assert when == {"bash .ci/run": "github.event_name != 'schedule'", 'bash .ci/run -m "slow or not slow"': "github.event_name == 'schedule'"}
     site = yaml.safe_load((ROOT/".github"/"workflows"/"docs.yaml").read_text())["jobs"]["site"]
     assert any(s.get("run") == "nbdev_docs" for s in site["steps"])
 

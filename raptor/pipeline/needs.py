@@ -110,9 +110,9 @@ def _check_depth(preset, depth:int):
 
 def _check_ranks(preset, width:int):
     "Compare the ranks of updates with the width, which is the smaller side of a block's matrices."
-    blocks = {"block": preset.block} | {f"variants: {name}: block": v.block for name, v in preset.all_variants.items()}
-    for where, block in blocks.items():
-        ranks = block.rank.values() if isinstance(block.rank, dict) else [block.rank or 0] if block else []
+    own = {f"variants: {name}: block": v.block for name, v in preset.all_variants.items() if v.block}
+    for where, block in {"block": preset.block, **own}.items():
+        ranks = block.rank.values() if isinstance(block.rank, dict) else [block.rank or 0]
         if max(ranks, default=0) > width:
             raise RaptorError(f"preset {preset.name}: {where}: rank is {max(ranks)}, and the matrices of a block of "
                               f"{preset.teacher.name} have at most {width}; choose it in 1..{width}.")
