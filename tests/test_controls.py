@@ -25,7 +25,7 @@ from raptor.study.presets import load_preset, preset_path
 from raptor.study.results import published
 from raptor.study.specs import BlockSpec, VariantSpec
 from raptor.study.study import Study
-from raptor.study.variants import find_variant, new_raptor, study_phases, study_stops, variant_config
+from raptor.study.variants import find_variant, new_raptor, replicas_of, study_phases, study_stops, variant_config
 from raptor.train.stages import TrainConfig
 
 ENDS = {2: (7, 12), 3: (7, 10, 12), 4: (4, 7, 10, 12)}
@@ -303,3 +303,12 @@ def test_the_usual_order_scores_what_the_head_scores(study, snapshots):
     found = order_accuracy(last.backbone, last.heads["classification"], labelled, [usual, swapped, usual], batch_size=9)
     top1 = own_scores(last.backbone, {"classification": last.heads["classification"]}, labelled).value.item()
     assert found[0] == found[2] == pytest.approx(top1)
+
+
+def test_replicas_are_those_that_are_there(tmp_path):
+    "More than the preset asks for, in numerical order, and not those of a variant whose name begins alike."
+    for name in ("relaxed-r10", "relaxed-r2", "relaxed-r0", "relaxed-ranked-r1", "half-r3"):
+        (tmp_path/"smoke"/"raptors"/name).mkdir(parents=True)
+        if name != "relaxed-r2": (tmp_path/"smoke"/"raptors"/name/"result.csv").touch()
+    study = Study.open("smoke", tmp_path)
+    assert replicas_of(study, "relaxed") == [0, 10] and replicas_of(study, "relaxed-ranked") == [1] and replicas_of(study, "none") == []
