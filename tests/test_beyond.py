@@ -403,6 +403,25 @@ def test_every_choice_of_stops_gets_its_share_of_the_steps_and_reads_its_own_sta
     assert [view.num_steps for view, _ in drawn] == again != others
 
 
+@pytest.mark.parametrize("shares,expected", [((1, 1, 1), (100, 100, 100)), ((1, 1, 4), (50, 50, 200)),
+                                             ((10**9, 1, 1), (300, 0, 0)), ((2, 1, 1), (150, 75, 75))])
+def test_choices_of_stops_are_drawn_as_often_as_their_shares_say(shares, expected):
+    config = TrainConfig(steps=300, batch_size=2, seed=3, shares=shares)
+    objective, states = SpanObjective(elastic(), 0, config, grids=GRIDS, end=6), torch.zeros(1, 7, 3, 8)
+    drawn = [objective.draw(states, step)[0].num_steps for step in range(300)]
+    for n, wanted in zip((6, 3, 2), expected):
+        assert abs(drawn.count(n) - wanted) <= 3*math.sqrt(wanted*(300 - wanted)/300), (n, drawn.count(n), wanted)
+    if len({*shares}) == 1:
+        equal = SpanObjective(elastic(), 0, replace(config, shares=()), grids=GRIDS, end=6)
+        assert drawn == [equal.draw(states, step)[0].num_steps for step in range(300)]
+
+
+@pytest.mark.parametrize("shares,grids", [((1, 1), GRIDS), ((1, 1, 1, 1), GRIDS), ((1, 0, 1), GRIDS), ((1, 2), ())])
+def test_shares_that_do_not_fit_the_choices_of_stops_are_refused(shares, grids):
+    with pytest.raises(RaptorError, match=rf"do not fit {1 + len(grids)} choices of stops; give a whole number"):
+        SpanObjective(elastic(), 0, TrainConfig(shares=shares), grids=grids, end=6)
+
+
 def test_an_elastic_raptor_learns_all_its_stops():
     raptor, config = elastic(), TrainConfig(steps=240, batch_size=32, lr=1e-2, warmup=5, log_every=40)
     before = [fidelity(raptor.at(g), Turning()).compute() for g in (None, *GRIDS)]

@@ -53,7 +53,9 @@ BLOCKS = [{**PARTS["low_rank"], "rank": 0}, {**PARTS["low_rank"], "rank": 10**6}
           {**PARTS["mean"], "layer_scale": 1.0}, {**PARTS["mean"], "start": "maen"}, {**PARTS["mean"], "start": 3}, {**PARTS["mean"], "start": 1.5}, {"conditioning": ["vectors", "vectors"]}, {"conditioning": ["vector"]},
           {**PARTS["vectors"], "start": "zero"}, {"start": "zero"}, 3, "mean", ["mean"]] # as the study's block, and as a variant's
 VARIANTS = [[], "relaxed", {"v": None}, {"v": {}}, {"v": {"k": 0}}, {"v": {"k": "two"}}, {"v": {"k": 7}}, {"v": {"k": 2, "stop": 3}}, {"v": {"k": 2, "title": ""}}, {"v": {"k": 2, "train": {"step": 3}}},
-            {"v": {"k": 2, "train": {"warmup": 31}}}, {"v": {"k": 2, "train": {"targets": "first"}}}, *({"v": {"k": 2, "stops": stops}} for stops in ([3, 2, 6], [3, 3, 6], [], [6], 1, 0, 7, "six", [2, 5], [2, 9], [0, 6], 2.5)),
+            {"v": {"k": 2, "train": {"warmup": 31}}}, {"v": {"k": 2, "train": {"targets": "first"}}},
+            *({"v": {"k": 2, "grids": [4, 3], "train": {"shares": shares}}} for shares in ([1, 1], [1, 1, 1, 1], [1, 0, 1], [1, 1, 2.5], [1, -1, 1], [], 3, ["one", 1, 1])),
+            {"v": {"k": 2, "train": {"shares": [1, 1]}}}, *({"v": {"k": 2, "stops": stops}} for stops in ([3, 2, 6], [3, 3, 6], [], [6], 1, 0, 7, "six", [2, 5], [2, 9], [0, 6], 2.5)),
             *({"v": {"k": 2, "grids": grids}} for grids in (3, [1], [7], [[3, 2, 6]], [[2, 5]], [[6]], ["all"], [[]])), *({"v": {"k": 2, "ends": ends}} for ends in ([6], [6, 3], [2, 9], [], 6, [0, 6])), {"v": {"k": 2, "ends": [3, 6], "stops": [2, 6]}},
             {"v": {"k": 2, "ends": [3, 6], "grids": [[2, 4, 6]]}}, *({name: {"k": 2}} for name in ("k3", "k3x", "K3", "a/b", "..", "", "1e5", "true", "teacher", "partitions", "ablation-less", "x" * 101)), {"v": {"k": 2}, "V": {"k": 2}}]
 KEYS[""] |= {"block": BLOCKS, "variants": VARIANTS + [{"v": {"k": 2, "block": block}} for block in BLOCKS]}

@@ -25,7 +25,7 @@ from raptor.probes.heads import DepthHead
 from raptor.probes.train import ProbeConfig
 from raptor.study.controls import all_runs, block_runs, control_runs, probe_runs, raptor_runs
 from raptor.study.presets import SEEDS, STAGES, load_preset, preset_names, preset_path, preset_schema
-from raptor.study.settings import FIT_DEFAULTS, PROBE_DEFAULTS, FitSettings, ProbeSettings, TrainSettings, validated
+from raptor.study.settings import FIT_DEFAULTS, PROBE_DEFAULTS, FitSettings, ProbeSettings, VariantSettings, validated
 from raptor.study.specs import BLOCK_DEFAULTS, HeadSettings
 from raptor.study.study import Study
 from raptor.study.variants import variant_config
@@ -69,7 +69,7 @@ def test_the_defaults_of_a_training_are_those_of_the_classes():
 
 
 @pytest.mark.parametrize("cls,kind,left_out", [
-    (FitConfig, FitSettings, {"seed", "stale"}), (TrainConfig, TrainSettings, {"seed", "stale"}),
+    (FitConfig, FitSettings, {"seed", "stale"}), (TrainConfig, VariantSettings, {"seed", "stale"}),
     (ProbeConfig, ProbeSettings, {"seed", "stale", "steps", "eval_every"})])
 def test_the_settings_are_those_of_the_classes(cls, kind, left_out):
     "They are repeated as data, since the classes need torch; every default is in range."

@@ -6,7 +6,7 @@
 __all__ = ['YAML_BYTES', 'YAML_NODES', 'YAML_DEPTH', 'SCALARS', 'STRICT', 'Count', 'Whole', 'Positive', 'NotNegative', 'Rate',
            'Fraction', 'Seed', 'Layers', 'Few', 'Task', 'Precision', 'SETTINGS', 'FIT_DEFAULTS', 'PROBE_DEFAULTS',
            'MOST_TOLD', 'parse_yaml', 'CommonSettings', 'FitSettings', 'TeacherSettings', 'TrainSettings',
-           'ProbeSettings', 'validated', 'one_sentence', 'known', 'make_config']
+           'VariantSettings', 'ProbeSettings', 'validated', 'one_sentence', 'known', 'make_config']
 
 # %% ../../nbs/api/study/00_settings.ipynb #44d1e6ba
 import re
@@ -126,6 +126,10 @@ class TrainSettings(FitSettings, total=False):
     targets:Literal["all", "last"] # states that are learned
     expert_weights:Annotated[list[NotNegative], Field(min_length=3, max_length=3)] # of balance, z and diversity
 
+class VariantSettings(TrainSettings, total=False):
+    "Settings of `TrainConfig` that only a variant with grids has a use for, and the others."
+    shares:list[Count] # how often the stops and every grid are drawn
+
 class ProbeSettings(CommonSettings, total=False):
     "Settings of `ProbeConfig`."
     epochs:Count
@@ -134,7 +138,7 @@ class ProbeSettings(CommonSettings, total=False):
     augment:bool # whether training images are augmented
     eval_batch_size:Count # images per forward pass during evaluation
 
-SETTINGS = {"FitConfig": FitSettings, "TrainConfig": TrainSettings, "ProbeConfig": ProbeSettings} # by class
+SETTINGS = {"FitConfig": FitSettings, "TrainConfig": VariantSettings, "ProbeConfig": ProbeSettings} # by class
 FIT_DEFAULTS = {"steps": 312_500, "batch_size": 64, "lr": 3e-4, "min_lr": 1e-6, "warmup": 10_000} # of `FitConfig`
 PROBE_DEFAULTS = {"batch_size": 64, "lr": 1e-3} # of `ProbeConfig`
 

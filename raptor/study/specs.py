@@ -29,6 +29,7 @@ from raptor.study.settings import (
     Seed,
     TeacherSettings,
     TrainSettings,
+    VariantSettings,
     Whole,
 )
 
@@ -220,7 +221,7 @@ class VariantSpec(Spec):
     block:BlockSpec|None = None # null for the block of the study
     stops:Layers|list[Layers]|None = None # states that the steps lead to, or their number; null for every state
     grids:list[Layers|list[Layers]] = [] # further stops, or numbers of them, that it learns and can run at
-    train:TrainSettings = {} # changes to stage 2
+    train:VariantSettings = {} # changes to stage 2
 
     @model_validator(mode="after")
     def _check(self):
@@ -238,6 +239,9 @@ class VariantSpec(Spec):
                 raise ValueError(f"the stops {stops} must increase; sort them, and name each once.")
             if isinstance(stops, list) and (left := sorted({*(self.ends or ())} - {*stops})):
                 raise ValueError(f"the stops {stops} leave out {left[0]}, where a phase ends; add it.")
+        if (shares := self.train.get("shares")) is not None and len(shares) != 1 + len(self.grids):
+            raise ValueError(f"the shares {shares} are not one for the stops and one for each of {len(self.grids)} "
+                             "grids; give as many.")
         return self
 
 # %% ../../nbs/api/study/01_specs.ipynb #c973d546

@@ -7,7 +7,9 @@ __all__ = ['TrainConfig', 'SpanObjective', 'train_span', 'train_raptor', 'benchm
 
 # %% ../../nbs/api/train/03_stages.ipynb #5f07eacb
 import os
+from bisect import bisect
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +32,7 @@ class TrainConfig(FitConfig):
     noise:float = 0.0 # standard deviation of Gaussian noise on the input of every step; 0 in all published runs
     targets:str = "all" # states that are learned: all, or only the last one (final-state distillation)
     expert_weights:tuple = (1e-2, 1e-3, 1e-3) # of the balance, z and diversity of experts, where there are any
+    shares:tuple = () # with grids: how often the stops and every grid are drawn, as whole numbers; (): equally often
 
 # %% ../../nbs/api/train/03_stages.ipynb #7cdddaa4
 def _blocks(model): return [module for module in model.modules() if isinstance(module, RecurrentBlock)]
@@ -50,6 +53,11 @@ class SpanObjective(nn.Module):
         self.views = (model, *map(model.at, grids)) if grids else (model,)
         self.stops = [[start, *(b for _, b in view.path(start, end))] for view in self.views] if grids else []
         self.wanted = sorted({s for stops in self.stops for s in stops}) # states that are read, with grids
+        shares = config.shares or (1,)*len(self.views)
+        if len(shares) != len(self.views) or min(shares) < 1:
+            raise RaptorError(f"shares {list(shares)} do not fit {len(self.views)} choices of stops; give a whole "
+                              "number above 0 for the stops, and one for every grid.")
+        self.bounds = list(accumulate(shares)) # of the numbers that a step may draw for each choice
         check_name(config.targets, ("all", "last"), "targets")
 
     def forward(self, states:Tensor, # (B, n+1, N, D) true states: `start` and the n that the model stops at next
@@ -74,7 +82,7 @@ class SpanObjective(nn.Module):
     def draw(self, states:Tensor, step:int) -> tuple[nn.Module, Tensor]:
         "The model, and the states that it stops at: with grids, at the stops that the seed and the step draw."
         if len(self.views) == 1: return self.model, states
-        i = seed_for("grid", self.config.seed, step) % len(self.views)
+        i = bisect(self.bounds, seed_for("grid", self.config.seed, step) % self.bounds[-1])
         return self.views[i], states[:, [self.wanted.index(s) for s in self.stops[i]]]
 
     def weight(self, step:int) -> float:
