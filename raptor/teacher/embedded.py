@@ -58,8 +58,8 @@ def vit_nano_patch4_reg4_24(pretrained:bool=False, # must be False: no weights a
 def vit_mini_patch4_reg4_32(pretrained:bool=False, # must be False: no weights are published
     **kwargs, # passed to the model by timm, e.g. img_size, drop_path_rate
 ) -> VisionTransformer:
-    "The teacher of the photos preset: 12 layers, width 64, 4 heads, 32 x 32 pixels, 69 tokens."
-    return _teacher("vit_mini_patch4_reg4_32", pretrained, kwargs, depth=12, embed_dim=64, num_heads=4)
+    "The teacher of the photos preset: 12 layers, width 64, 2 heads, 32 x 32 pixels, 69 tokens."
+    return _teacher("vit_mini_patch4_reg4_32", pretrained, kwargs, depth=12, embed_dim=64, num_heads=2)
 
 @register_model
 def vit_small_patch4_reg4_32(pretrained:bool=False, # must be False: no weights are published
