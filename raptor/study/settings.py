@@ -127,7 +127,7 @@ class TrainSettings(FitSettings, total=False):
     expert_weights:Annotated[list[NotNegative], Field(min_length=3, max_length=3)] # of balance, z and diversity
 
 class VariantSettings(TrainSettings, total=False):
-    "Settings of `TrainConfig` that only a variant with grids has a use for, and the others."
+    "Settings of `TrainConfig`, for a variant; `shares` is of use where it has grids."
     shares:list[Count] # how often the stops and every grid are drawn
 
 class ProbeSettings(CommonSettings, total=False):
