@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 from safetensors import safe_open
 
-from raptor.study.steps import tensors_digest
+from raptor.study.steps import safetensors_digest
 
 COLUMNS = ("trial", "seed", "disturbance", "moment", "end", "twice", "left", "said")
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
@@ -32,7 +32,7 @@ def digests(home):
     "What must be equal bit by bit: tables, weights, figures, phases. Executed notebooks, and the page, hold times."
     kept = [p for pattern in ("*.csv", "*.safetensors", "*.json", "*.png") for p in study_in(home).rglob(pattern) if not p.name.startswith(".")]
     def content(path): return re.sub(rb"\d+\.\d+\.\d+\+[0-9a-f]{9}(-dirty)?", b"", path.read_bytes()) # but the commit may be another
-    def digest(path): return tensors_digest(path) if path.suffix == ".safetensors" else hashlib.sha256(content(path)).hexdigest()
+    def digest(path): return safetensors_digest(path) if path.suffix == ".safetensors" else hashlib.sha256(content(path)).hexdigest()
     return {str(p.relative_to(home)): digest(p) for p in kept if ".snakemake" not in p.parts and "activations" not in p.parts}
 
 

@@ -11,7 +11,7 @@ from raptor.study.controls import control_runs
 from raptor.core import RaptorError, paper_root
 from raptor.study.controls import all_runs
 from raptor.study.presets import load_preset, preset_path
-from raptor.study.steps import tensors_digest
+from raptor.study.steps import safetensors_digest
 
 
 def start(*argv, home, **kwargs):
@@ -269,7 +269,7 @@ def test_files_of_a_study_are_no_modules_and_foreign_kernels_are_not_started(stu
 
 def digests(folder):
     "Tables and weights; not what tells times."
-    def digest(path): return tensors_digest(path) if path.suffix == ".safetensors" else hashlib.sha256(path.read_bytes()).hexdigest()
+    def digest(path): return safetensors_digest(path) if path.suffix == ".safetensors" else hashlib.sha256(path.read_bytes()).hexdigest()
     return {p.relative_to(folder): digest(p) for pattern in ("*.csv", "*.safetensors", "*.json", "*.png") for p in folder.rglob(pattern)}
 
 

@@ -189,9 +189,9 @@ def test_the_order_of_a_header_is_left_to_chance_and_the_rest_counts(tmp_path):
     def file(header, data=b"1234"):
         text = json.dumps(header).encode()
         (tmp_path/"a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
-        return steps.tensors_digest(tmp_path/"a.safetensors")
+        return steps.safetensors_digest(tmp_path/"a.safetensors")
     one = {"__metadata__": {"a": "1", "b": "2"}, "w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
     same = {"w": one["w"], "__metadata__": {"b": "2", "a": "1"}}
     assert file(one) == file(same) and len({file(one), file(one, b"1235"), file({**one, "__metadata__": {"a": "2"}})}) == 3
     (tmp_path/"a.safetensors").write_bytes(b"\xff"*40)
-    assert len(steps.tensors_digest(tmp_path/"a.safetensors")) == 16
+    assert len(steps.safetensors_digest(tmp_path/"a.safetensors")) == 16

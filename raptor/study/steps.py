@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAINED_IN', 'ITEM_READS', 'SECTIONS', 'ITEM_SECTIONS', 'NO_MATTER', 'WRITTEN', 'RESULTS', 'NOTE',
            'notebook_defaults', 'run_folder', 'copy_of', 'Step', 'step', 'step_of', 'first_steps', 'later_steps',
-           'runs_behind', 'tensors_digest', 'spec_of', 'written', 'source_of', 'seal', 'damage', 'is_finished',
+           'runs_behind', 'safetensors_digest', 'spec_of', 'written', 'source_of', 'seal', 'damage', 'is_finished',
            'other_code']
 
 # %% ../../nbs/api/study/09_steps.ipynb #54f98847
@@ -180,9 +180,9 @@ def _digest(path) -> str: # "" where there is no such file
 @lru_cache(maxsize=None)
 def _digest_of(path, time, size) -> str:
     if not Path(path).is_file(): return ""
-    return tensors_digest(path) if Path(path).suffix == ".safetensors" else file_digest(path)
+    return safetensors_digest(path) if Path(path).suffix == ".safetensors" else file_digest(path)
 
-def tensors_digest(path:str|Path, # a safetensors file, perhaps damaged
+def safetensors_digest(path:str|Path, # a safetensors file, perhaps damaged
 ) -> str: # 16 hexadecimal digits
     "A digest of tensors and header, whatever the order of the header's keys, which safetensors leaves to chance."
     with open(path, "rb") as f:
