@@ -39,7 +39,7 @@ def check_name(name:str, # what the user asked for
     "Return `name` if it is one of `choices`; raise `RaptorError` listing the near names otherwise."
     choices = list(choices)
     if name in choices: return name
-    near = difflib.get_close_matches(str(name), choices, n=5, cutoff=0.4)
+    near = difflib.get_close_matches(str(name), choices, n=3)
     known = f"known: {', '.join(sorted(map(str, choices))[:12])}."
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else known
     raise RaptorError(f"unknown {kind} {name!r}; {hint}")

@@ -222,7 +222,7 @@ def test_what_other_libraries_call_it(name, known):
 
 @pytest.mark.parametrize("name, said", [
     ("vit_tiny_patch16_224.augreg", "unknown tag .* did you mean 'augreg_in21k"),
-    ("vit_nano_patch4_reg4_24.mine", "unknown tag .* did you mean 'untrained'"), ("vit_tiny_patch16_244", "did you mean"),
+    ("vit_nano_patch4_reg4_24.mine", "unknown tag .* known: untrained"), ("vit_tiny_patch16_244", "did you mean"),
     (nn.Linear(2, 2), r"got a Linear; .* Backbone\(model\)"), (None, "got a NoneType"),
     (Path("vit_tiny_patch16_224"), "got a PosixPath")])
 @pytest.mark.parametrize("pretrained", [True, False])

@@ -194,15 +194,15 @@ def test_a_study_that_is_moved_is_the_same_study(home):
 
 @pytest.mark.parametrize("change, said", [
     ({"replica": 2, "stage2": {"step": 5, "lr": 0}, "phases": {"ks": ["a"]}},
-     "4 faults: stage2: unknown key 'step' (did you mean 'steps' or 'noise'?); unknown key 'replica' (did you mean 'replicas'?); "
+     "4 faults: stage2: unknown key 'step' (did you mean 'steps'?); unknown key 'replica' (did you mean 'replicas'?); "
      "phases: ks[0] is 'a' (it must be a valid integer); stage2: lr is 0 (it must be greater than 0)."),
     ({"data": {}, "probes": {"depth": {"data": {"name": "digits"}}}},
      "2 faults: data: missing key 'name' (add it); probes: depth: missing key 'train' (add it)."),
     ({"data": {"nam": "digits", "limit": "all"}},
      "2 faults: data: unknown key 'nam' (did you mean 'name'?); data: limit is 'all' (it must be a valid integer)."),
     ({"probes": {"dept": {"dat": {}}}}, "probes: unknown key 'dept'; did you mean 'depth'?"), # what is below it is told when it is known
-    ({"block": {"rank": {"qkv": 4}, "layer_scale": -1}},
-     "2 faults: block: layer_scale is -1 (it must be greater than or equal to 0); block: rank: unknown key 'qkv' (did you mean 'qkv.weight'?)."),
+    ({"block": {"rank": {"qkv_weight": 4}, "layer_scale": -1}},
+     "2 faults: block: layer_scale is -1 (it must be greater than or equal to 0); block: rank: unknown key 'qkv_weight' (did you mean 'qkv.weight'?)."),
     ({"data": {"name": "digits", "size": "big"}}, "data: size is 'big'; it must be a valid integer."),
 ])
 def test_all_faults_of_a_preset_are_told_at_once(home, change, said):
