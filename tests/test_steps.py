@@ -99,6 +99,8 @@ EDITS = [
     (lambda p: changed(p, phases=changed(p.phases, images=7)), {"find_phases", "train_control"} | ITEM),
     (lambda p: changed(p, title="another"), {"summary"}),
     (lambda p: changed(p, variants={"relaxed": changed(p.variants["relaxed"], train={"lr": 0.5})}), {"train_raptor"} | ITEM),
+    (lambda p: changed(p, controls=changed(p.controls, variants={})), ITEM), # other control runs do not know them
+    (lambda p: changed(p, controls=changed(p.controls, images=7)), {"train_control"} | ITEM),
     (lambda p: changed(p, teacher=changed(p.teacher, drop_path=0.5)), None),
     (lambda p: changed(p, data=changed(p.data, limit=3)), None),
     (lambda p: changed(p, seeds={**p.seeds, "teacher": 5}), None),

@@ -199,6 +199,7 @@ def spec_of(study:Study, # the study
     preset, notebook = study.preset, step.notebook
     sections = SECTIONS.get(notebook, ITEM_SECTIONS)
     parts = {name: _bare(getattr(preset, name)) for name in ("data", "teacher", *sections)}
+    if notebook == "train_control": parts["controls"].pop("variants") # they are runs of their own
     if preset.teacher.train is not None: parts["heads"] = {t: _bare(p.head) for t, p in preset.probes.items()}
     if notebook == "train_probe": parts["probe"] = _bare(preset.probes.get(step.params["task"]))
     if name := step.params.get("variant"): parts["variant"] = _bare(preset.all_variants.get(name))
