@@ -55,6 +55,8 @@ def test_token_kinds_look_alike_in_any_order_and_no_two_groups_do():
     assert group_style("patch", 0, ["patch"]) == group_style("patch", 2, ["cls", "register", "patch"])
     styles = [group_style(n, i, list("abcdefg")) for i, n in enumerate("abcdefg")]
     assert len({(s["marker"], s["color"]) for s in styles}) == 7 and len({str(s["linestyle"]) for s in styles}) == 7
+    points = [{k: v for k, v in group_style(n, i, list("abcdefghijklmnopqrst")).items() if k != "linestyle"} for i, n in enumerate("abcdefghijklmnopqrst")]
+    assert len({tuple(p.items()) for p in points}) == 20, "points without a line, too"
 
 def test_many_numeric_groups_take_shades_in_order():
     lightness = [sum(group_style(n, i, [9, 0, 3, 6])["color"][:3]) for i, n in enumerate([9, 0, 3, 6])]

@@ -84,13 +84,14 @@ def colour(position:int, # any integer; the cycle repeats
 def group_style(name, # the group: "cls", "k=3", a layer, ...
                 position:int, # its position among the groups
                 names:list, # all groups
-) -> dict: # color, marker, linestyle
+) -> dict: # color, marker, linestyle; hollow markers from the eleventh group on
     "How a group is drawn: token kinds alike in all figures, four or more numbers in shades, others by position."
     i = _TOKEN_KINDS.get(name, position)
     style = dict(marker=MARKERS[i % len(MARKERS)], linestyle=DASHES[i % len(DASHES)], color=colour(i))
     if len(names) > 3 and all(isinstance(n, (int, float, np.number)) for n in names):
         shade = .85*sorted(names).index(name)/(len(names) - 1) # the lightest shades vanish on white paper
         style.update(color=mpl.colormaps["cividis"](shade), linestyle="-")
+    elif i >= len(MARKERS): style["markerfacecolor"] = "white" # colours and markers begin again
     return style
 
 def mark_not_run(ax, # axes
