@@ -94,8 +94,13 @@ def end_with_parent() -> None:
 def stop_on_signals() -> None:
     "Let SIGTERM, and Ctrl-C in its place, end this process by `SystemExit(143)`; a training loop puts its own handler."
     if threading.current_thread() is not threading.main_thread(): return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGALRM): signal.signal(number, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    hook = sys.unraisablehook
+    def ask_again(lost): # what is raised in a destructor goes nowhere
+        if lost.exc_type is SystemExit: signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else: hook(lost)
+    sys.unraisablehook = ask_again
 
 # %% ../../nbs/api/pipeline/01_processes.ipynb #f2e42c52
 @contextmanager
