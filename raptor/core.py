@@ -40,6 +40,7 @@ def check_name(name:str, # what the user asked for
     choices = list(choices)
     if name in choices: return name
     near = difflib.get_close_matches(str(name), choices, n=3)
+    near = near or [c for c in choices if name and str(c).startswith(str(name))][:3] # qkv of qkv.weight
     known = f"known: {', '.join(sorted(map(str, choices))[:12])}."
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else known
     raise RaptorError(f"unknown {kind} {name!r}; {hint}")

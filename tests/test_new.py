@@ -201,8 +201,8 @@ def test_a_study_that_is_moved_is_the_same_study(home):
     ({"data": {"nam": "digits", "limit": "all"}},
      "2 faults: data: unknown key 'nam' (did you mean 'name'?); data: limit is 'all' (it must be a valid integer)."),
     ({"probes": {"dept": {"dat": {}}}}, "probes: unknown key 'dept'; did you mean 'depth'?"), # what is below it is told when it is known
-    ({"block": {"rank": {"qkv_weight": 4}, "layer_scale": -1}},
-     "2 faults: block: layer_scale is -1 (it must be greater than or equal to 0); block: rank: unknown key 'qkv_weight' (did you mean 'qkv.weight'?)."),
+    ({"block": {"rank": {"qkv": 4}, "layer_scale": -1}},
+     "2 faults: block: layer_scale is -1 (it must be greater than or equal to 0); block: rank: unknown key 'qkv' (did you mean 'qkv.weight'?)."),
     ({"data": {"name": "digits", "size": "big"}}, "data: size is 'big'; it must be a valid integer."),
 ])
 def test_all_faults_of_a_preset_are_told_at_once(home, change, said):
