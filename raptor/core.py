@@ -37,8 +37,7 @@ def check_name(name:str, # what the user asked for
     kind:str, # what is named, for the message: "preset", "notebook", ...
 ) -> str: # `name`, unchanged
     "Return `name` if it is one of `choices`; raise `RaptorError` listing the near names otherwise."
-    choices = list(choices)
-    if name in choices: return name
+    if name in (choices := list(choices)): return name
     near = difflib.get_close_matches(str(name), choices, n=3)
     near = near or [c for c in choices if name and str(c).startswith(str(name))][:3] # qkv of qkv.weight
     known = f"known: {', '.join(sorted(map(str, choices))[:12])}."
