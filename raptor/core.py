@@ -125,8 +125,7 @@ def file_digest(path:str|Path, # a file of any size; read in 1 MiB pieces
 def atomic_path(path:str|Path, # final destination; its folder is created
 ):
     "Yield a temporary path that becomes `path` on success and is removed on failure; a full disk raises `RaptorError`."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (path := Path(path)).parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         yield temporary
@@ -137,6 +136,7 @@ def atomic_path(path:str|Path, # final destination; its folder is created
         os.replace(temporary, path)
     except BaseException as e:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if str(getattr(e, "filename", "")) == str(temporary): e.filename = str(path) # the name that was asked for
         if getattr(e, "errno", None) not in (errno.ENOSPC, errno.EDQUOT): raise
         raise RaptorError(f"{path} cannot be written: {os.strerror(e.errno).lower()}; "
                           "free some space there and run the same command again.") from e

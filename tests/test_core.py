@@ -51,6 +51,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
     assert read_json(tmp_path/"a.json") == 1 and os.listdir(tmp_path) == ["a.json"]
 
 
+def test_what_cannot_be_written_is_named_as_it_was_asked_for(tmp_path):
+    with pytest.raises(OSError) as failed:
+        with atomic_path(tmp_path/"a.json") as t: t.mkdir(); t.write_text("a folder is no file")
+    assert failed.value.filename == str(tmp_path/"a.json") and os.listdir(tmp_path) == []
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path):
     (tmp_path/"a.json").write_text("1")
