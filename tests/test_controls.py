@@ -52,6 +52,14 @@ def test_one_more_replica_changes_no_run():
     assert all(three[name] == run for name, run in one.items())
 
 
+@pytest.mark.parametrize("table, head, row, rmse", [
+    ("table1", None, "Raptor k=3", 0.618), ("revit", "linear", "Raptor k=3", 0.567), ("revit", "MLP", "Raptor k=3", 0.506),
+    ("table1", None, "DINOv2 ViT-S", 0.600), ("revit", "linear", "DINOv2 ViT-S", 0.590), ("revit", "MLP", "DINOv2 ViT-S", 0.527)])
+def test_both_published_sets_of_depth_are_there_and_apart(table, head, row, rmse):
+    rows = published(table).query("task == 'depth' and row == @row")
+    assert (rows if head is None else rows[rows["head"] == head])["mean"].tolist() == [rmse]
+
+
 def test_the_ablation_has_the_papers_rows_under_the_papers_names():
     assert list(published("ablation")["row"]) == [label for row, label in ABLATION.items() if row != "long"]
     runs = control_runs(load_preset("digits"), ENDS).values()
