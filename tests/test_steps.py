@@ -56,6 +56,14 @@ def test_what_has_run_is_finished_whatever_the_time_of_its_files(study):
     assert len({(study.folder/flag_of(copy)).stat().st_mtime for copy in flags(study)}) == 1, "none is newer than another"
 
 
+def test_a_page_that_lacks_what_is_asked_for_is_made_again(study):
+    more = [*ITEMS, "fig_speed"] # as with --all, after the main items
+    refresh(study, more, ITEMS)
+    assert flags(study) == {s.copy for s in all_steps(study)}
+    refresh(study, more, more)
+    assert flags(study) == {s.copy for s in all_steps(study)} - {"notebooks/summary.ipynb"}
+
+
 def flip(path): content = bytearray(path.read_bytes()); content[len(content)//2] ^= 1; path.write_bytes(content)
 def truncate(path): path.write_bytes(path.read_bytes()[:-9])
 def zero(path): path.write_bytes(bytes(path.stat().st_size))

@@ -17,6 +17,7 @@ from pathlib import Path
 from raptor.study.steps import (
     TRAINED_IN,
     Step,
+    copy_of,
     damage,
     first_steps,
     is_finished,
@@ -135,13 +136,15 @@ def raise_flag(study:Study, # the study
 
 def refresh(study:Study, # that is held exclusively
     items:list[str], # tables and figures
+    shown:list[str]=(), # those of them that the summary must show
 ) -> list[str]: # sentences about what is damaged or left over
     "Give a flag to each finished step behind finished ones, and to no other."
     shutil.rmtree(study.folder/".done", ignore_errors=True)
     flagged, told, first = set(), [], first_steps(study)
+    page = {copy_of(name) for name in shown} # a summary of fewer items is finished too, and is not what is asked for
     def look(s):
         if what := damage(study, s): told.append(f"{study.folder/what}; it is made again.")
-        elif flagged.issuperset(s.after) and is_finished(study, s):
+        elif flagged >= {*s.after, *(page if s.notebook == "summary" else ())} and is_finished(study, s):
             raise_flag(study, s, 1e9)
             flagged.add(s.copy)
     for s in first: look(s)

@@ -94,7 +94,8 @@ def _reproduce(study, config, cores, dry_run, profile) -> int:
     folder = check_writable(study.folder)
     with nullcontext() if dry_run else study_lock(folder), nullcontext() if profile else temporary_folder(folder):
         if not (dry_run or profile): sweep(folder) # the jobs of a cluster may outlive the command that started them
-        for line in () if dry_run else refresh(study, item_names()): print(f"raptor: {line}", file=sys.stderr)
+        for line in () if dry_run else refresh(study, item_names(), config["items"]):
+            print(f"raptor: {line}", file=sys.stderr)
         with atomic_path(folder/"study.yaml") as t: t.write_text(yaml.safe_dump(config))
         files = {"snakefile": paper_root()/"Snakefile", "directory": folder, "configfile": folder/"study.yaml"}
         argv = [str(word) for option, path in files.items() for word in (f"--{option}", path)]
