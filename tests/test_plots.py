@@ -274,7 +274,7 @@ def test_no_line_runs_along_the_floor_of_the_tradeoffs():
     ax, = tradeoffs.plot_pareto(frame, {"flops": "GFLOPs"}, "top-1 (%)", floor=60)
     curve, points = (np.asarray(line.get_ydata()) for line in ax.lines)
     assert np.isnan(curve[:2]).all() and list(curve[2:]) == [70, 88] and list(points) == [60, 60, 70, 88]
-    assert texts(ax) == ["3: 10", "4: 20", "6", ""]
+    assert texts(ax) == ["3: 10", "4: 20", "6", ""] and [t.xyann[1] for t in ax.texts] == [3, 11, 3, 3], "numbers side by side"
 
 # ---- all figures
 

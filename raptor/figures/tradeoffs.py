@@ -22,19 +22,21 @@ def plot_pareto(frame:pd.DataFrame, # one row for each model: kind, steps, value
     "A score against each cost; the number beside a point is its number of steps, where that is not the largest."
     style.check_columns(frame, "kind", "steps", "value", *costs, figure="plot_pareto")
     axes = np.ravel(style.new_axes(axes, ncols=len(costs), figsize=(.6 + 3.4*len(costs), 3.6), sharey=True))
-    kinds = list(frame["kind"].unique())
+    frame, kinds = frame.reset_index(drop=True), list(frame["kind"].unique())
+    lowest = -np.inf if floor is None else floor
     for ax, (column, label) in zip(axes, costs.items()):
+        low = frame[frame["value"] < lowest].sort_values(column).index # neighbours have their numbers in different rows
         for i, kind in enumerate(kinds):
             some = frame[(frame["kind"] == kind) & frame["value"].notna()].sort_values(["steps", "value"])
             best, look = some.drop_duplicates("steps", keep="last"), style.group_style(kind, i, kinds)
-            joined = best["value"] if floor is None else best["value"].where(best["value"] >= floor)
-            ax.plot(best[column], joined, label=kind, **look)
+            ax.plot(best[column], best["value"].where(best["value"] >= lowest), label=kind, **look)
             ax.plot(some[column], some["value"].clip(lower=floor), **{**look, "linestyle": ""})
-            for x, y, steps in zip(some[column], some["value"], some["steps"]):
-                low = floor is not None and y < floor
+            for n, x, y, steps in zip(some.index, some[column], some["value"], some["steps"]):
                 notes = [f"{steps}"] if steps < frame["steps"].max() else []
-                ax.annotate(": ".join(notes + [f"{y:.0f}"]*int(low)), (x, floor if low else y),
-                            (3, 3 + 8*low*(i % 3)), textcoords="offset points", fontsize=7, color="0.3")
+                if n in low: notes.append(f"{y:.0f}")
+                above = 3 + 8*(low.get_loc(n) % 3) if n in low else 3
+                ax.annotate(": ".join(notes), (x, max(y, lowest)), (3, above), textcoords="offset points", fontsize=7,
+                            color="0.3")
         if reference is not None: ax.axhline(reference, color="0.3", ls=":", lw=1)
         ax.set(xlabel=label)
     axes[0].set(ylabel=ylabel)
