@@ -1,4 +1,4 @@
-"""Every table and figure of the paper, made from a whole study with its controls: `pytest -m slow`, five minutes of two cores."""
+"""Every table and figure of the paper, made from a whole study with its controls: `pytest -m slow`, eight minutes of two cores."""
 import json, os, subprocess, sys
 
 import pandas as pd
