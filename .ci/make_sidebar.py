@@ -15,7 +15,7 @@ NBS = ROOT/"nbs"
 # Pages in the order of reading; a page that is not named here follows in alphabetical order.
 HOWTO = ("new_preset", "phases", "foreign", "inside", "readout", "alignment", "patching", "progress", "cluster", "cache", "share", "deploy",
          "new_figure", "contribute")
-EXPLAINS = ("method", "beyond", "gallery", "differences", "architecture", "reliability", "speed")
+EXPLAINS = ("method", "beyond", "photographs", "gallery", "differences", "architecture", "reliability", "speed")
 PAPER = ("tab_probes", "tab_segmentations", "fig_similarity", "fig_accuracy_r2", "tab_ablation", "fig_partitions",
          "fig_stochastic_depth", "fig_swaps", "fig_epsilon", "fig_convergence", "fig_basins", "fig_perturbation",
          "fig_speed", "fig_coherence", "fig_rank", "fig_norms", "tab_cost", "tab_blocks", "fig_pareto", "fig_fidelity",
