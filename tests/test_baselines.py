@@ -84,8 +84,9 @@ def test_states_of_low_rank_are_no_failure_and_rank_truncates():
 def test_identity_and_chains_advance_and_roll_out_alike():
     truth, x = system(), noise(2, 10, 6)
     states = truth.rollout(x)
-    assert torch.equal(states[:, -1], truth(x)) and torch.equal(truth.advance(states[:, 2], 2, 4), states[:, 4])
-    assert torch.equal(truth.rollout(states[:, 2], 2, 4), states[:, 2:5]) and torch.equal(truth.advance(x, 2, 2), x)
+    for a, b in ((truth(x), states[:, -1]), (truth.advance(states[:, 2], 2, 4), states[:, 4]), (truth.rollout(states[:, 2], 2, 4), states[:, 2:5])):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12) # the last bits of a product depend on the memory layout
+    assert torch.equal(truth.advance(x, 2, 2), x)
     assert torch.equal(identity_chain(PHASES, 6).rollout(x), x[:, None].expand(2, 6, 10, 6))
     assert (truth.depth, truth.k, truth.dim, truth.assignment) == (5, 2, 6, (0, 0, 0, 1, 1))
 

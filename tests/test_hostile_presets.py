@@ -76,12 +76,13 @@ def with_value(section, key, value):
 
 
 def assert_refused(text, tmp_path, capsys, monkeypatch):
-    "By the dry run and by the run itself, in one sentence, before anything is written."
+    "By the dry run and by the run itself, with and without a folder of datasets, in one sentence, before anything is written."
     monkeypatch.setattr(runs, "_snakemake", lambda *a: pytest.fail("it was accepted"))
     monkeypatch.setattr(runs, "check_writable", lambda *a: pytest.fail("it was accepted"))
     path, said = tmp_path/"mine.yaml", []
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    for option in ["--dry-run"], []:
+    for option, root in (["--dry-run"], tmp_path/"none"), ([], tmp_path):
+        monkeypatch.setenv("RAPTOR_DATA", str(root))
         with pytest.raises(SystemExit) as e: cli.main(["reproduce", "--preset", str(path), "--home", str(tmp_path/"home"), *option])
         assert e.value.code == 1
         said.append(capsys.readouterr().err)

@@ -41,8 +41,9 @@ DATASETS = {
 def data_folder(name:str, # a dataset, as `load_dataset` knows it
     root=None, # root of the datasets; default RAPTOR_DATA
 ) -> Path|None: # None for a dataset that needs no files
-    "The folder that a dataset is read from."
-    kind, _, path = name.partition(":")
+    "The folder that a dataset is read from; `RaptorError` for a folder of images without its path."
+    kind, _, path = str(name).partition(":")
+    if kind == "folder" and not path: raise RaptorError("a folder of images is named 'folder:PATH'; give its path.")
     folder = DATASETS[kind].folder if kind in DATASETS else None
     return None if folder is None else data_root(root)/folder/Path(path).expanduser()
 
@@ -81,8 +82,7 @@ def load_dataset(name:str, # a key of `DATASETS`, or "folder:PATH"
 ): # `ImageDataset`: map-style; items {"image", "target", "index"}
     "The dataset `name`; raises `RaptorError` for an unknown name, split or task, and for files in another layout."
     from raptor.data.base import DatasetSpec, check_fits
-    kind, _, path = str(name).partition(":")
-    if kind == "folder" and not path: raise RaptorError("a folder of images is named 'folder:PATH'; give its path.")
+    kind = str(name).partition(":")[0]
     info = DATASETS[check_name(kind if kind == "folder" else name, DATASETS, "dataset (or folder:PATH)")]
     if split == "test" and split not in info.splits:
         raise RaptorError(f"{kind} has no split 'test'; use 'val' (in a preset, data: {{test_split: val}}).")
