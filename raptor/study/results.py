@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'LOWER_IS_BETTER', 'published', 'read_table', 'claims_in', 'count_verdicts', 'average', 'share_of_teacher',
-           'show_score']
+           'show_score', 'markdown_table']
 
 # %% ../../nbs/api/study/03_results.ipynb #21897cfa
 import io
@@ -77,3 +77,12 @@ def show_score(mean:float, # NaN: not run
     scale, digits = (1, 3) if metric in LOWER_IS_BETTER else (100, 1)
     spread = "" if pd.isna(std) else f" ± {std*scale:.{digits}f}"
     return f"{mean*scale:.{digits}f}{spread}" + (f" ({share:.1%})" if np.isfinite(share) else "")
+
+def markdown_table(rows:list[dict], # one for each line, all with the same keys
+    right:bool=False, # whether the columns behind the first are aligned to the right
+) -> str: # without padding, which `DataFrame.to_markdown` would add to every cell
+    "A Markdown table for a page."
+    head = list(rows[0])
+    rules = ["---", *["---:" if right else "---"]*(len(head) - 1)]
+    lines = [head, rules, *(row.values() for row in rows)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
