@@ -304,6 +304,17 @@ def test_a_block_is_validated_in_its_place(study, snapshots, monkeypatch):
     assert study.validation(raptor, (0, 6), last.backbone, TrainConfig()) is None, "unless the preset asks for it"
 
 
+def test_a_validation_reads_no_more_images_than_the_test_split_has(study, snapshots, monkeypatch):
+    "A limit above the size of the split makes further scenes: 5,000 of the 2,048 were scored."
+    asked, data = [], study.preset.data.model_copy(update={"test_limit": None})
+    whole = Study.open(study.preset.model_copy(update={"data": data}), study.home)
+    monkeypatch.setattr(Study, "teacher_heads", lambda self, backbone: {})
+    monkeypatch.setattr(Study, "source", lambda self, split, backbone, limit: asked.append((split, limit)))
+    backbone, config = snapshots[0][-1].backbone, TrainConfig(steps=4, eval_every=2)
+    for of in (whole, study): of.validation(Own(backbone), (0, 6), backbone, config)
+    assert asked == [("test", len(whole.dataset("test"))), ("test", 32)] == [("test", 2048), ("test", 32)]
+
+
 def test_the_usual_order_scores_what_the_head_scores(study, snapshots):
     last = snapshots[0][-1]
     _, labelled = images_of(study, 32, last.backbone)

@@ -224,6 +224,13 @@ def test_damaged_archives_are_an_error(tmp_path, monkeypatch):
     with pytest.raises(RaptorError, match="cannot be fetched or unpacked"): load_dataset("cifar10", "train", root=tmp_path)
 
 
+def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(SOURCES["cifar10"], "url", (tmp_path/"nowhere.tar.gz").as_uri())
+    with pytest.raises(RaptorError, match="nowhere.tar.gz cannot be fetched or unpacked in .*cifar10 .*No such file"):
+        load_dataset("cifar10", "train", root=tmp_path/"data", download=True)
+    assert not (tmp_path/"data"/"cifar10").exists()
+
+
 # --- ImageNet -------------------------------------------------------------------------------------
 
 def test_evaluation_sees_the_central_224_of_256(tmp_path):

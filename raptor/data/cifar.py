@@ -6,6 +6,7 @@
 __all__ = ['SOURCES', 'CifarArrays', 'cifar']
 
 # %% ../../nbs/api/data/04_cifar.ipynb #89649d5c
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ def _read_archive(spec, folder, download):
             "or set RAPTOR_DATA.")
     try: return read(True)
     except (OSError, RuntimeError) as e:
+        with suppress(OSError): place.rmdir() # which torchvision made; only an empty folder can be removed so
         raise RaptorError(f"{source.url} cannot be fetched or unpacked in {place} ({e}); "
             "put the archive there, or its content.") from e
 

@@ -42,7 +42,7 @@ def data_folder(name:str, # a dataset, as `load_dataset` knows it
     root=None, # root of the datasets; default RAPTOR_DATA
 ) -> Path|None: # None for a dataset that needs no files
     "The folder that a dataset is read from; `RaptorError` for a folder of images without its path."
-    kind, _, path = str(name).partition(":")
+    kind, _, path = name.partition(":")
     if kind == "folder" and not path: raise RaptorError("a folder of images is named 'folder:PATH'; give its path.")
     folder = DATASETS[kind].folder if kind in DATASETS else None
     return None if folder is None else data_root(root)/folder/Path(path).expanduser()

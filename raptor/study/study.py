@@ -285,7 +285,7 @@ def validation(self:Study, model, # RecurrentBlock or Raptor in training
     "R2 of the span's last state and of all, and the scores of the teacher's own heads behind it."
     if not config.eval_every: return None
     from raptor.probes.train import evaluate_heads, fidelity
-    (start, end), limit = span, min(images, self.preset.data.test_limit or images)
+    (start, end), limit = span, min(images, len(self.dataset("test", self.teacher_task)))
     source, data = self.source("test", backbone, limit), self.dataset("test", self.teacher_task, limit=limit)
     heads, workers = self.teacher_heads(backbone), self.preset.data.workers
     def features(images):
