@@ -66,6 +66,9 @@ def test_a_figure_has_its_description_and_a_caption_that_says_what_came_out(stud
     assert "What to see" in text and "Of 3 statements: 1 shown, 2 the opposite." in text
     plain = "\n".join(d.get("text/markdown", "") for d, _ in shown(study, "fig_similarity"))
     assert "statements:" not in plain and re.search(r"(?m)^\*Similarity .+\.\*$", plain), "no blank before the star, which would not end the italics"
+    claims = pd.DataFrame({"claim": ["a", "b"], "verdict": ["as claimed, no interval", "not as claimed, no interval"]})
+    claims.to_csv(study.folder/"results"/"fig_speed_claims.csv", index=False)
+    assert any("Of 2 statements: none has an interval.*" in d.get("text/markdown", "") for d, _ in shown(study, "fig_speed"))
 
 
 class Reader(HTMLParser):

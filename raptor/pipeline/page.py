@@ -81,7 +81,8 @@ def _came_out(study, name): # "" for an item without statements
     "One sentence: how the statements behind a figure came out."
     if not len(found := claims_in(study.folder/"results", name)): return ""
     counts = count_verdicts(found).iloc[0]
-    return f"Of {len(found)} statements: {', '.join(f'{n} {verdict}' for verdict, n in counts.items() if n)}."
+    verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)
+    return f"Of {len(found)} statements: {verdicts or 'none has an interval'}."
 
 # %% ../../nbs/api/pipeline/03_page.ipynb #19c11c3b
 def study_facts(study:Study, # that has run
